@@ -1,0 +1,196 @@
+"""Which cell plays which part: the four cell sets, and the cells that a scenario forgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field, model_validator
+
+from scforget.arrays import BoolArray, IntArray
+from scforget.errors import DataError, EmptyGroupError
+from scforget.settings import Settings
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Fractions(Settings):
+    """Shares of the four cell sets; they sum to 1."""
+
+    train: Fraction
+    stop: Fraction
+    aside: Fraction
+    unseen: Fraction
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Fractions:
+        total = self.train + self.stop + self.aside + self.unseen
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"train + stop + aside + unseen must be 1, not {total:g}")
+        return self
+
+
+class ClusterScenario(Settings):
+    """Forget a whole cluster: every training cell with this label."""
+
+    kind: Literal["cluster"]
+    cluster: str
+
+
+class SubsetScenario(Settings):
+    """Forget random training members of one cluster; the others stay."""
+
+    kind: Literal["subset"]
+    cluster: str
+    fraction: Fraction
+
+
+class ScatteredScenario(Settings):
+    """Forget random training cells of any kind."""
+
+    kind: Literal["scattered"]
+    cells: Annotated[int, Field(gt=0)]
+
+
+class DonorScenario(Settings):
+    """Forget every training cell of a donor (the obs column named in ``prepare.donor_column``)."""
+
+    kind: Literal["donor"]
+    donor: str
+
+
+class QueryScenario(Settings):
+    """Forget the training cells that a pandas query on obs selects, e.g. ``"label == 'B' and n_genes > 900"``."""
+
+    kind: Literal["query"]
+    query: str
+
+
+ScenarioSettings = Annotated[
+    ClusterScenario | SubsetScenario | ScatteredScenario | DonorScenario | QueryScenario, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True)
+class CellSets:
+    """Sorted indices into the prepared cells; a partition of them.
+
+    The model is fitted on ``train``; ``stop`` decides when to stop; ``aside`` are non-members that methods may use;
+    ``unseen`` are the audit's: no method ever sees them.
+    """
+
+    train: IntArray
+    stop: IntArray
+    aside: IntArray
+    unseen: IntArray
+
+
+@dataclass(frozen=True)
+class ForgetSets:
+    """What a method may see of a forget request: ``forget`` and ``retain`` partition ``train``.
+
+    ``stop`` lacks the cells that the request would have withdrawn, had they been trained on.
+    """
+
+    forget: IntArray
+    retain: IntArray
+    stop: IntArray
+    aside: IntArray
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A forget request: its cells, and ``group [N]``, which prepared cells are of the forgotten kind."""
+
+    sets: ForgetSets
+    group: BoolArray
+
+
+def split_cells(n_cells: int, fractions: Fractions, rng: np.random.Generator) -> CellSets:
+    """Shuffle the cells and deal them into the four sets.
+
+    Raises
+    ------
+    EmptyGroupError
+        If a set would get no cell.
+    """
+    shares = np.cumsum([fractions.train, fractions.stop, fractions.aside])
+    parts = np.split(rng.permutation(n_cells), np.round(shares * n_cells).astype(int))
+    for name, part in zip(("train", "stop", "aside", "unseen"), parts, strict=True):
+        if not len(part):
+            raise EmptyGroupError(f"split of {n_cells} cells", f"no cell for {name!r}", "more cells, or a larger share")
+    return CellSets(*(np.sort(part).astype(np.int64) for part in parts))
+
+
+def _group(obs: pd.DataFrame, settings: ScenarioSettings) -> BoolArray:
+    """``[N]``: which cells are of the kind that the request names."""
+    if isinstance(settings, ScatteredScenario):
+        return np.ones(len(obs), dtype=bool)
+    if isinstance(settings, QueryScenario):
+        try:
+            selected = obs.index.isin(obs.query(settings.query).index)
+        except Exception as error:  # pandas raises a dozen kinds for a bad query, all of them the asker's mistake
+            columns = ", ".join(map(str, obs.columns))
+            raise DataError(f"query {settings.query!r}", str(error).splitlines()[0], f"columns {columns}") from error
+        return np.asarray(selected, dtype=bool)
+    column, value = ("donor", settings.donor) if isinstance(settings, DonorScenario) else ("label", settings.cluster)
+    if column not in obs:
+        raise DataError(f"scenario kind {settings.kind!r}", f"no obs column {column!r}", "prepare.donor_column set")
+    values = obs[column].astype(str).to_numpy()
+    if value not in values:
+        raise EmptyGroupError(f"{column} {value!r}", "no cell", f"one of {', '.join(sorted(set(values)))}")
+    return np.asarray(values == value, dtype=bool)
+
+
+def _selected(candidates: IntArray, settings: ScenarioSettings, rng: np.random.Generator) -> IntArray:
+    """Choose among the training cells of the group those that are to be forgotten."""
+    if isinstance(settings, ScatteredScenario):
+        wanted = settings.cells
+    elif isinstance(settings, SubsetScenario):
+        wanted = round(settings.fraction * len(candidates))
+    else:
+        return candidates
+    if wanted > len(candidates):
+        raise EmptyGroupError(f"scenario kind {settings.kind!r}", f"{len(candidates)} training cells", f"{wanted}")
+    return np.sort(rng.choice(candidates, size=wanted, replace=False))
+
+
+def draw_scenario(obs: pd.DataFrame, sets: CellSets, settings: ScenarioSettings, rng: np.random.Generator) -> Scenario:
+    """Turn a forget request into cell sets.
+
+    Parameters
+    ----------
+    obs : N rows
+        Of the prepared cells, with ``label`` and, for donors, ``donor``.
+    sets
+        From :func:`split_cells`.
+    rng
+        Chooses the cells of ``subset`` and ``scattered``.
+
+    Raises
+    ------
+    EmptyGroupError
+        If the request selects no training cell, every training cell, leaves no ``stop`` cell, or no ``unseen`` cell
+        of the same kind is left to compare with.
+    DataError
+        If the query or the column cannot be used.
+    """
+    group = _group(obs, settings)
+    what = f"scenario {settings.model_dump()}"
+    if not group.any():
+        raise EmptyGroupError(what, "a request that selects no cell", "at least one cell; check spelling and quotes")
+    forget = _selected(sets.train[group[sets.train]], settings, rng)
+    if not len(forget):
+        raise EmptyGroupError(what, "no training cell (only cells the model never saw)", "at least one to forget")
+    retain = np.setdiff1d(sets.train, forget)
+    if not len(retain):
+        raise EmptyGroupError(what, "a request that selects every training cell", "some to retain; delete the model")
+    if not group[sets.unseen].any():
+        raise EmptyGroupError(what, "no unseen cell of the same kind", "controls: a larger unseen share")
+    whole = not isinstance(settings, ScatteredScenario | SubsetScenario)
+    stop = sets.stop[~group[sets.stop]] if whole else sets.stop
+    if not len(stop):
+        raise EmptyGroupError(what, "no stop cell outside the request", "a larger stop share")
+    return Scenario(ForgetSets(forget, retain, stop, sets.aside), group)
