@@ -1,0 +1,274 @@
+"""From scores of cells to an audit record: every attack with its null, both primary statistics, utility, verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scforget.arrays import BoolArray, FloatArray
+from scforget.audit import AuditSettings, equivalence, intervals, roc, verdict
+from scforget.audit.equivalence import Equivalence
+
+Record = dict[str, Any]
+UtilityRow = Mapping[str, Mapping[str, float]]  # place -> metric -> value, of one model
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which of the n scored cells are ``forget [n]``, and which serve as each kind of control, ``[n]`` each."""
+
+    forget: BoolArray
+    controls: Mapping[str, BoolArray]
+
+    def sizes(self) -> dict[str, int]:
+        """Number of cells of each group."""
+        return {"forget": int(self.forget.sum()), **{name: int(mask.sum()) for name, mask in self.controls.items()}}
+
+
+@dataclass(frozen=True)
+class Population:
+    """What is known of M models.
+
+    Attributes
+    ----------
+    seeds
+        Where they came from, M of them.
+    scores : ``[M, n]`` by name
+        Higher = more member-like.
+    utility
+        A row for each model.
+    latent : ``[n, Z]``
+        Latent means under the first model.
+    """
+
+    seeds: Sequence[int]
+    scores: Mapping[str, FloatArray]
+    utility: Sequence[UtilityRow]
+    latent: FloatArray
+
+
+def _aucs(scores: FloatArray, groups: Groups, control: str) -> FloatArray:
+    """``[M]``: AUC of the forget cells against one kind of control under each model."""
+    return np.array([roc.auc(row[groups.forget], row[groups.controls[control]]) for row in scores])
+
+
+def attacks(population: Population, target: Population, groups: Groups, settings: AuditSettings, seed: int) -> Record:
+    """AUC of every score against every kind of control, with interval, null band and distance to the retrains."""
+    sizes = groups.sizes()
+    nulls = {
+        control: roc.advantage_null(sizes["forget"], sizes[control], seed=seed, draws=settings.null_draws)
+        for control in groups.controls
+    }
+    table: Record = {}
+    for name, scores in population.scores.items():
+        table[name] = {}
+        for control, mask in groups.controls.items():
+            mean, interval = intervals.population_auc(
+                scores[:, groups.forget], scores[:, mask], settings.interval_level, seed, settings.bootstrap_draws
+            )
+            table[name][control] = {
+                "auc": mean,
+                "signed": mean - 0.5,
+                "advantage": roc.advantage(mean),
+                "interval": list(interval),
+                "null": nulls[control],
+                "per_seed": _aucs(scores, groups, control).tolist(),
+                "distance_to_retrain": mean - float(_aucs(target.scores[name], groups, control).mean()),
+            }
+    return table
+
+
+def _statistics(
+    population: Population, target: Population, groups: Groups, settings: AuditSettings
+) -> dict[str, tuple[FloatArray, FloatArray]]:
+    """Both primary statistics, of each audited model and of each retrain."""
+    own, base = population.scores["elbo"], target.scores["elbo"]
+    shrinkage = settings.trace_shrinkage
+    null = equivalence.trace_leave_one_out(base[:, groups.forget], shrinkage)
+    traced = null
+    if population is not target:
+        traced = equivalence.trace(own[:, groups.forget], base[:, groups.forget], shrinkage=shrinkage)
+    return {
+        "membership": (_aucs(own, groups, "same_group"), _aucs(base, groups, "same_group")),
+        "trace": (traced, null),
+    }
+
+
+def utility_table(population: Population, level: float) -> Record:
+    """Mean over models, Student-t interval and single values of every utility metric, by place."""
+    table: Record = {}
+    for place in population.utility[0]:
+        table[place] = {}
+        for metric in sorted({metric for row in population.utility for metric in row[place]}):
+            per_seed = [row[place].get(metric) for row in population.utility]
+            known = np.array([value for value in per_seed if value is not None], dtype=np.float64)
+            table[place][metric] = {
+                "mean": float(known.mean()),
+                "interval": list(intervals.mean_interval(known, level)),
+                "per_seed": per_seed,
+            }
+    return table
+
+
+def _utility(population: Population, target: Population, settings: AuditSettings) -> Record:
+    table = utility_table(population, settings.interval_level)
+    if population is target:
+        return {**table, "verdict": None}
+    margins = {"elbo": settings.margins.elbo, "marker_r": settings.margins.marker_r}
+    base = utility_table(target, settings.interval_level)["outside"]
+    verdicts = {
+        metric: verdict.utility_verdict(
+            table["outside"][metric]["per_seed"], base[metric]["per_seed"], margin, settings.level
+        )
+        for metric, margin in margins.items()
+        if metric in table["outside"]
+    }
+    return {**table, "verdict": verdict.combined_utility(verdicts.values()), "verdicts": verdicts}
+
+
+def _fixed_fpr(population: Population, groups: Groups, settings: AuditSettings) -> Record:
+    """TPR of the ELBO score at each target FPR, model by model; refused where the controls are too few."""
+    members = population.scores["elbo"][:, groups.forget]
+    controls = population.scores["elbo"][:, groups.controls["same_group"]]
+    return {
+        f"{target:g}": [
+            roc.tpr_at_fpr(own, others, target, level=settings.interval_level).to_dict()
+            for own, others in zip(members, controls, strict=True)
+        ]
+        for target in settings.fpr_targets
+    }
+
+
+def _equivalences(
+    statistics: Mapping[str, tuple[FloatArray, FloatArray]], sides: Mapping[str, int], settings: AuditSettings
+) -> dict[str, Equivalence]:
+    return {
+        name: equivalence.welch_equivalence(
+            own, base, margin=getattr(settings.margins, name), level=settings.level, original_side=sides[name]
+        )
+        for name, (own, base) in statistics.items()
+    }
+
+
+def _published_criterion(table: Record, target_table: Record) -> bool:
+    """P0's rule on its own controls: mean advantage inside the retrain's interval of the advantage."""
+    low, high = target_table["elbo"]["matched_knn"]["interval"]
+    upper = max(roc.advantage(low), roc.advantage(high))
+    lower = 0.0 if low <= 0.5 <= high else min(roc.advantage(low), roc.advantage(high))
+    own = float(np.mean([roc.advantage(value) for value in table["elbo"]["matched_knn"]["per_seed"]]))
+    return verdict.published_criterion(own, (lower, upper))
+
+
+def judge(
+    method: str, population: Population, *, originals: Population, target: Population, groups: Groups,
+    settings: AuditSettings, seed: int,
+) -> Record:  # fmt: skip
+    """Judge a population of unlearned models (or the originals themselves) against the retrained one.
+
+    Parameters
+    ----------
+    method
+        Name of the population, for the record.
+    originals
+        Where the method started: they say on which side "not forgotten" lies, and whether there was anything to forget.
+    target
+        The retrained models.
+    groups
+        Which of the scored cells are members and controls.
+
+    Returns
+    -------
+    dict
+        The audit record: ``attacks``, ``primary`` (membership, trace), ``verdict`` and its explanation, ``utility``.
+    """
+    start = _statistics(originals, target, groups, settings)
+    sides = {name: 1 if own.mean() >= base.mean() else -1 for name, (own, base) in start.items()}
+    of_original = _equivalences(start, sides, settings)
+    statistics = start if population is originals else _statistics(population, target, groups, settings)
+    primary = _equivalences(statistics, sides, settings)
+    membership, trace = primary["membership"], primary["trace"]
+    decision = verdict.decide(membership, trace)
+    table = attacks(population, target, groups, settings, seed)
+    utility = _utility(population, target, settings)
+    modes = []
+    if population is not originals:
+        modes = _failure_modes(decision, primary, of_original, utility, target)
+    sizes = groups.sizes()
+    return {
+        "method": method,
+        "models": len(population.seeds),
+        "seeds": list(population.seeds),
+        "groups": sizes,
+        "attacks": table,
+        "fixed_fpr": _fixed_fpr(population, groups, settings),
+        "primary": {name: found.to_dict() for name, found in primary.items()},
+        "trace_per_seed": statistics["trace"][0].tolist(),
+        "excess_abs_z": equivalence.excess_abs_z(
+            population.scores["elbo"][:, groups.forget], target.scores["elbo"][:, groups.forget],
+            shrinkage=settings.trace_shrinkage,
+        ).tolist(),
+        "verdict": str(decision),
+        "explanation": verdict.explain(
+            membership, trace, of_original["membership"],
+            n_members=sizes["forget"], n_controls=sizes["same_group"],
+        ),
+        "nothing_to_forget": verdict.nothing_to_forget(of_original["membership"]),
+        "published_criterion": _published_criterion(table, attacks(target, target, groups, settings, seed)),
+        "utility": utility,
+        "utility_rows": list(population.utility),
+        "failure_modes": modes,
+        "failed_seeds": {},
+    }  # fmt: skip
+
+
+def _failure_modes(
+    decision: verdict.Verdict, primary: Mapping[str, Equivalence], of_original: Mapping[str, Equivalence],
+    utility: Record, target: Population,
+) -> list[str]:  # fmt: skip
+    trace = primary["trace"]
+    return verdict.failure_modes(
+        decision,
+        kl=utility["outside"]["kl"]["mean"],
+        retrain_kl=float(np.mean([row["outside"]["kl"] for row in target.utility])),
+        distance_to_original=abs(trace.mean - of_original["trace"].mean),
+        distance_to_retrain=abs(trace.difference),
+    )
+
+
+def describe_target(target: Population, n_originals: int, groups: Groups, settings: AuditSettings, seed: int) -> Record:
+    """Record of the retrained models themselves: the same numbers, retrain against retrain, and no verdict.
+
+    ``design_power`` is the chance that a method as good as retraining is called so, by these numbers of retrains and
+    of originals to unlearn from.
+    """
+    statistics = _statistics(target, target, groups, settings)
+    null = _equivalences(statistics, {"membership": 1, "trace": 1}, settings)
+    return {
+        "method": "retrain",
+        "models": len(target.seeds),
+        "seeds": list(target.seeds),
+        "groups": groups.sizes(),
+        "attacks": attacks(target, target, groups, settings, seed),
+        "fixed_fpr": _fixed_fpr(target, groups, settings),
+        "primary": None,
+        "noise_floor": {name: found.noise_floor for name, found in null.items()},
+        "design_power": {
+            name: equivalence.design_power(
+                own, n_originals, margin=getattr(settings.margins, name), level=settings.level
+            )
+            for name, (own, _) in statistics.items()
+        },
+        "spread": {name: float(own.std(ddof=1)) for name, (own, _) in statistics.items()},
+        "trace_per_seed": statistics["trace"][0].tolist(),
+        "verdict": "TARGET",
+        "explanation": "What every method is compared with: models trained by the same recipe without these cells.",
+        "nothing_to_forget": False,
+        "published_criterion": None,
+        "utility": _utility(target, target, settings),
+        "utility_rows": list(target.utility),
+        "failure_modes": [],
+        "failed_seeds": {},
+    }  # fmt: skip
