@@ -1,0 +1,16 @@
+"""What people see of an audit: functions of plain dicts and arrays that give tables, pictures and one HTML page.
+
+Public surface
+--------------
+tables
+    ``summary`` (the JSON for Git), ``scenario_table``, ``display``, ``to_rich``, ``to_markdown``, ``to_csv``.
+figures
+    ``training_curves``, ``roc``, ``score_histograms``, ``umap``, ``distance_to_target``, ``cost_against_trace``,
+    ``attack_grid``; ``svg_text`` and ``png_bytes`` turn a figure into the same bytes every time.
+page
+    ``render``: the self-contained report, verdict first.
+
+The room reads and writes no files: ``stages`` does.
+"""
+
+__all__ = ["figures", "page", "tables"]

@@ -1,0 +1,396 @@
+"""Pictures of an audit, each a matplotlib ``Figure`` built with the object-oriented API: no global state is touched.
+
+What a colour says, a shape, a line style or a word says as well. Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from scforget.errors import DataError, EmptyGroupError
+from scforget.report.tables import PRIMARY_GROUP, Audit, Audits, bounds, dig, look, margin, number, ordered, value
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+R = TypeVar("R")
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+INK, SOFT, PALE, BAND = "#1a1a1a", "#595959", "#f0f0f0", "#d9e6f0"
+# Okabe and Ito's colours, darkened to be read on white; neighbours differ in lightness, so they differ in grey too.
+SERIES = ("#b3400a", "#0b5a94", "#b98300", "#00735a", "#8e3a80", "#3d94c9", "#7a7a7a")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+STYLE = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same shapes on every machine
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "text.parse_math": False,  # a "$" in a cluster's name is a "$"
+    "svg.hashsalt": "scforget",
+}
+
+
+def _styled(draw: Callable[P, R]) -> Callable[P, R]:
+    @wraps(draw)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        from matplotlib import rc_context
+
+        with rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    return figure
+
+
+@_styled
+def png_bytes(figure: Figure, *, dpi: int = 144) -> bytes:
+    """Return a figure as PNG; the same figure gives the same bytes (no date, no software version)."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+@_styled
+def svg_text(figure: Figure) -> str:
+    """Return a figure as SVG, text drawn as paths; the same figure gives the same text (no date, salted ids)."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+@_styled
+def training_curves(history: pd.DataFrame, title: str) -> Figure:
+    """Draw ELBO and KL over epochs: a thin line for each seed, a thick one for their mean.
+
+    Parameters
+    ----------
+    history
+        Columns ``seed``, ``epoch``, and any of ``train_elbo``, ``stop_elbo`` and ``kl`` (nats per cell).
+    title
+        Above the picture.
+
+    Raises
+    ------
+    DataError
+        If there is no row, no seed or no epoch.
+    """
+    if history.empty or not {"seed", "epoch"} <= set(history.columns):
+        raise DataError("training history", f"{len(history)} rows of {list(history.columns)}", "rows with seed, epoch")
+    figure = _figure(7.2, 2.9, title)
+    left, right = figure.subplots(1, 2)
+    for axes, column, label, colour, dash in (
+        (left, "train_elbo", "training cells", SERIES[1], DASHES[1]),
+        (left, "stop_elbo", "stop cells (held out)", SERIES[0], "-"),
+        (right, "kl", "KL", SERIES[3], "-"),
+    ):
+        if column in history and history[column].notna().any():
+            for _, run in history.groupby("seed", sort=True):
+                axes.plot(run["epoch"], run[column], color=colour, linestyle=dash, linewidth=0.7, alpha=0.5)
+            mean = history.groupby("epoch", sort=True)[column].mean()
+            axes.plot(mean.index, mean, color=colour, linestyle=dash, linewidth=1.8, label=label)
+    if left.get_legend_handles_labels()[1]:
+        left.legend(loc="lower right")
+    left.set(xlabel="epoch", ylabel="ELBO (nats per cell)")
+    right.set(xlabel="epoch", ylabel="KL (nats per cell)")
+    return figure
+
+
+def null_band(members: int, controls: int, ranks: IntArray, level: float = 0.95) -> FloatArray:
+    """Return the range ``[2, K]`` of the true positive rate, threshold by threshold, when nothing leaks.
+
+    Parameters
+    ----------
+    members, controls
+        Numbers of cells F and U.
+    ranks : ``[K]``, 1 to U
+        A threshold lies at the k-th highest control.
+    level
+        Coverage of each point of the band, in (0, 1).
+
+    Notes
+    -----
+    All orders of F + U scores being equally likely, the number j of members above the k-th highest control is negative
+    hypergeometric: P(j) = C(j+k−1, j)·C(F−j+U−k, F−j) / C(F+U, F). Exact for scores without ties.
+    """
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, members + controls + 1)))])
+    j, k = np.arange(members + 1)[:, None], np.asarray(ranks)[None, :]
+
+    def log_choose(n: Any, m: Any) -> Any:
+        return log_factorial[n] - log_factorial[m] - log_factorial[n - m]
+
+    log_p = log_choose(j + k - 1, j) + log_choose(members - j + controls - k, members - j)
+    below = np.exp(log_p - log_choose(members + controls, members)).cumsum(axis=0)
+    tail = (1 - level) / 2
+    return np.array([(below < tail).sum(0), (below < 1 - tail).sum(0)]) / members
+
+
+def _ranks(n_controls: int) -> IntArray:
+    """Ranks of controls at which a curve is drawn: all, or some 300 that are dense where the FPR is small."""
+    ranks = [np.linspace(1, n_controls, min(n_controls, 200)), np.geomspace(1, n_controls, 100)]
+    return np.unique(np.concatenate(ranks).round().astype(np.int64))
+
+
+def roc_points(members: FloatArray, controls: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return FPR limits ``[K]`` and each model's TPR ``[M, K]`` at the most permissive threshold that keeps them.
+
+    The members strictly above the k-th highest control are flagged with a FPR of at most (k−1)/U, ties as blocks.
+    """
+    ranks = _ranks(controls.shape[1])
+    thresholds = -np.sort(-controls, axis=1)[:, ranks - 1]
+    pairs = zip(np.sort(members, axis=1), thresholds, strict=True)
+    above = [m.size - np.searchsorted(m, at, side="right") for m, at in pairs]
+    rates = np.column_stack([np.array(above) / members.shape[1], np.ones(len(members))])
+    return np.append((ranks - 1) / controls.shape[1], 1.0), rates
+
+
+@_styled
+def roc(curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], title: str = "") -> Figure:
+    """Draw ROC curves on linear and logarithmic axes: the mean over models, and the range of the models as a band.
+
+    Parameters
+    ----------
+    curves
+        method -> (scores of members ``[M, F]``, of controls ``[M, U]``), higher = more member-like.
+    title
+        Above the picture.
+
+    Raises
+    ------
+    EmptyGroupError, DataError
+        If there is no curve, one without cells, or one with NaN or with unequal numbers of models.
+    """
+    scores = {name: [np.atleast_2d(np.asarray(s, dtype=np.float64)) for s in pair] for name, pair in curves.items()}
+    if not scores or not all(s.size for pair in scores.values() for s in pair):
+        raise EmptyGroupError("ROC", {name: [s.shape for s in pair] for name, pair in scores.items()}, "scored cells")
+    if bad := [m for m, (f, u) in scores.items() if len(f) != len(u) or not np.isfinite([*f.flat, *u.flat]).all()]:
+        raise DataError("ROC scores", bad, "finite scores of members and controls under the same models")
+    figure = _figure(7.2, 4.3, title)
+    panels = figure.subplots(1, 2)
+    n_members, n_controls = (s.shape[1] for s in next(iter(scores.values())))
+    band = np.column_stack([null_band(n_members, n_controls, _ranks(n_controls)), [1, 1]])
+    for axes in panels:
+        x = np.append((_ranks(n_controls) - 1) / n_controls, 1.0)
+        paint: dict[str, Any] = {"facecolor": PALE, "edgecolor": SOFT, "linestyle": ":"}
+        axes.fill_between(x, *band, step="post", label="no leak, 95 %", **paint)
+        axes.plot([1e-6, 1], [1e-6, 1], color=SOFT, linewidth=0.7, label="chance")
+        for i, (name, (members, controls)) in enumerate(scores.items()):
+            x, rates = roc_points(members, controls)
+            colour = INK if name == "retrain" else SERIES[i % len(SERIES)]
+            axes.fill_between(x, rates.min(0), rates.max(0), step="post", color=colour, alpha=0.12, linewidth=0)
+            axes.step(x, rates.mean(0), where="post", color=colour, linestyle=DASHES[i % 4], linewidth=1.5, label=name)
+        axes.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.01), box_aspect=1)
+    floor = 0.7 / max(n_members, n_controls, 2)
+    panels[1].set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.05), ylabel="")
+    for axis in (panels[1].xaxis, panels[1].yaxis):  # readers know 0.01 sooner than a power of ten
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+@_styled
+def score_histograms(
+    forget: npt.ArrayLike, controls: npt.ArrayLike, retrain_forget: npt.ArrayLike, *, title: str = "",
+    label: str = "ELBO at z = μ (nats per cell)",
+) -> Figure:  # fmt: skip
+    """Draw scores under the audited models (forget cells, controls) above those of forget cells under retrains.
+
+    If the cells are forgotten, the first row looks like the third. Ticks are cells, the dark line is the median.
+
+    Parameters
+    ----------
+    forget, controls, retrain_forget : ``[M, F]``, ``[M, U]``, ``[K, F]``, or one model's row
+        Scores, higher = more member-like.
+    title, label
+        Above the picture, and below its axis.
+
+    Raises
+    ------
+    EmptyGroupError
+        If a row holds no finite score.
+    """
+    rows = (
+        ("Forget cells, this model", forget, SERIES[0]),
+        ("Controls, this model", controls, SOFT),
+        ("Forget cells, retrained", retrain_forget, SERIES[1]),
+    )
+    scores = [np.atleast_2d(np.asarray(row[1], dtype=np.float64)) for row in rows]
+    scores = [s[:, np.isfinite(s).all(axis=0)] for s in scores]
+    if not all(s.size for s in scores):
+        raise EmptyGroupError("score histogram", [s.shape for s in scores], "finite scores in each group")
+    edges = np.histogram_bin_edges(np.concatenate([s.ravel() for s in scores]), bins=30)
+    figure = _figure(7.2, 3.4, title)
+    panels = figure.subplots(3, 1, sharex=True, sharey=True)
+    for axes, (name, _, colour), s in zip(panels, rows, scores, strict=True):
+        axes.hist(s.ravel(), edges, density=True, histtype="stepfilled", facecolor=colour + "33", edgecolor=colour)
+        axes.axvline(np.median(s), color=INK, linewidth=1.3)
+        axes.plot(s.mean(axis=0), np.zeros(s.shape[1]), "|", color=colour, markersize=8, clip_on=False)
+        sizes = f"{s.shape[1]} cells × {s.shape[0]} models"
+        axes.set_ylabel(f"{name}\n{sizes}", rotation=0, ha="right", va="center", fontsize=8)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+    panels[-1].set_xlabel(label)
+    return figure
+
+
+@_styled
+def umap(coordinates: npt.ArrayLike, labels: npt.ArrayLike, highlight: npt.ArrayLike, title: str) -> Figure:
+    """Draw cells in two dimensions, groups named where they lie, forget cells as dark-rimmed triangles.
+
+    Parameters
+    ----------
+    coordinates, labels, highlight : ``[N, 2]``, ``[N]``, ``[N]`` bool
+        An embedding of the latent means, the group of each cell, and which cells are forget cells.
+    title
+        Above the picture.
+    """
+    from matplotlib.patheffects import withStroke
+
+    at, group, chosen = np.asarray(coordinates), np.asarray(labels).astype(str), np.asarray(highlight, dtype=bool)
+    figure = _figure(6.0, 5.0, title)
+    axes = figure.subplots()
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    size = float(np.clip(6000 / max(len(at), 1), 2, 20))
+    for i, name in enumerate(np.unique(group)):
+        cells = at[group == name]
+        # A raster inside the SVG: tens of thousands of circles would make the page heavy.
+        axes.scatter(cells[:, 0], cells[:, 1], s=size, color=SERIES[i % 7], alpha=0.5, linewidths=0, rasterized=True)
+        axes.annotate(name, np.median(cells, axis=0), fontsize=8, ha="center", path_effects=halo, zorder=4)
+    axes.scatter(
+        at[chosen, 0], at[chosen, 1], s=26, c=SERIES[0], marker="^", edgecolors=INK, label="forget cells", zorder=5
+    )
+    axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.legend(loc="best")
+    return figure
+
+
+def _mark(axes: Axes, x: float, y: float, verdict: object, **errors: Any) -> None:
+    seen = look(verdict)
+    style: dict[str, Any] = {"color": seen.colour, "mfc": seen.fill, "marker": seen.marker, "markersize": 7}
+    axes.errorbar(x, y, capsize=3, zorder=3, **style, **errors)
+
+
+def _reach(audit: Audit, key: str) -> FloatArray:
+    """Distances from a difference to the ends of its interval, as matplotlib wants them; 0 where there is none."""
+    centre, (low, high) = value(audit, "primary", key, "difference"), bounds(audit, "primary", key, "interval")
+    return np.nan_to_num(np.abs([[centre - low], [high - centre]]))
+
+
+def _verdict_legend(figure: Figure, audits: Audits) -> None:
+    from matplotlib.lines import Line2D
+
+    seen = dict.fromkeys(look(dig(audits[method], "verdict")) for method in ordered(audits))
+    handles = [Line2D([], [], linestyle="", color=s.colour, mfc=s.fill, marker=s.marker, label=s.words) for s in seen]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+
+
+def _distance_panel(axes: Axes, audits: Audits, key: str, label: str) -> None:
+    """Draw one primary statistic, a row for each method; symmetric-log axis when something is very far off."""
+    wide, reach = margin(audits, key), 0.0
+    axes.axvspan(-wide, wide, color=BAND, linewidth=0)
+    axes.axvline(0, color=SOFT, linewidth=0.7)
+    for row, method in enumerate(ordered(audits)):
+        centre = value(audits[method], "primary", key, "difference")
+        if np.isfinite(centre):
+            _mark(axes, centre, row, dig(audits[method], "verdict"), xerr=_reach(audits[method], key))
+            reach = max(reach, abs(centre))
+        elif method == "retrain":
+            floors = [value(audit, "primary", key, "noise_floor") for audit in audits.values()]
+            _mark(axes, 0.0, row, "TARGET", xerr=max(np.nan_to_num(floors)))
+        else:
+            axes.annotate("not measured", (0, row), va="center", ha="center", color=SOFT, fontsize=8)
+    if wide and reach > 30 * wide:
+        axes.set_xscale("symlog", linthresh=3 * wide)
+        axes.xaxis.set_major_formatter("{x:g}")
+    right = not value(audits.get("original"), "primary", key, "difference") < 0
+    words = "←  over-forgotten    remembered  →" if right else "←  remembered    over-forgotten  →"
+    axes.set(xlabel=f"{label}\n{words}", ylim=(len(audits) - 0.4, -0.6))
+    axes.set_title(f"{key.capitalize()} (margin ±{number(wide, 2)})", fontweight="bold")
+
+
+@_styled
+def distance_to_target(audits: Audits) -> Figure:
+    """Draw how far each method is from the retrained models: the two primary statistics with 90 % intervals.
+
+    The shaded band is the margin: an interval inside it is a match. The retrain's own bar is the noise floor.
+    """
+    figure = _figure(7.2, 1.5 + 0.36 * len(audits), "")
+    panels = figure.subplots(1, 2, sharey=True)
+    _distance_panel(panels[0], audits, "membership", "AUC minus the retrains' AUC")
+    _distance_panel(panels[1], audits, "trace", "trace minus the retrains' trace")
+    panels[0].set_yticks(range(len(audits)), ordered(audits))
+    _verdict_legend(figure, audits)
+    return figure
+
+
+@_styled
+def cost_against_trace(audits: Audits) -> Figure:
+    """Draw the trace that is left (90 % interval) against passes over cells as a fraction of a retrain's."""
+    figure = _figure(7.2, 3.8, "")
+    axes = figure.subplots()
+    axes.axhspan(-margin(audits, "trace"), margin(audits, "trace"), color=BAND, linewidth=0)
+    axes.axvline(1, color=SOFT, linewidth=0.7, linestyle=DASHES[1])
+    traces = {method: value(audit, "primary", "trace", "difference") for method, audit in audits.items()}
+    traces |= {"retrain": 0.0} if "retrain" in audits else {}
+    for rank, method in enumerate(sorted((m for m in traces if np.isfinite(traces[m])), key=lambda m: (traces[m], m))):
+        x, y = value(audits[method], "cost", "passes_ratio"), traces[method]
+        if method == "original":  # where every method starts; what it cost is not the question
+            axes.axhline(y, color=SOFT, linewidth=0.9, linestyle=DASHES[2])
+            axes.annotate("original", (0, y), (4, 3), xycoords=axes.get_yaxis_transform(), textcoords="offset points")
+        elif np.isfinite(x):
+            _mark(axes, x, y, dig(audits[method], "verdict"), yerr=_reach(audits[method], "trace"))
+            # Labels of neighbours in trace go to different sides, so that they do not meet.
+            axes.annotate(method, (x, y), (8, 5 if rank % 2 else -12), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="passes over cells ÷ those of an early-stopped retrain", ylabel="trace minus the retrains' trace")
+    axes.set_xlim(0, max(axes.get_xlim()[1], 1.2))
+    _verdict_legend(figure, audits)
+    return figure
+
+
+@_styled
+def attack_grid(audits: Audits) -> Figure:
+    """Draw each attack's AUC on each method; outlined and bold where the advantage passes its null's 95 % point."""
+    methods = ordered(audits)
+    attacks = sorted({name for audit in audits.values() for name in dig(audit, "attacks") or {}})
+    cells = [[dig(audits[m], "attacks", name, PRIMARY_GROUP) for m in methods] for name in attacks]
+    auc = np.array([[value(cell, "auc") for cell in row] for row in cells]).reshape(len(attacks), len(methods))
+    figure = _figure(1.8 + 0.95 * len(methods), 1.5 + 0.42 * len(attacks), "")
+    axes = figure.subplots()
+    axes.pcolormesh(np.ma.masked_invalid(auc), cmap="PuOr_r", vmin=-0.1, vmax=1.1, edgecolors="white", linewidth=2)
+    for (i, j), found in np.ndenumerate(auc):
+        leak = value(cells[i][j], "advantage") > value(cells[i][j], "null", "q95")
+        colour = "white" if abs(found - 0.5) > 0.4 else INK
+        box = {"boxstyle": "square,pad=0.6", "fill": False, "edgecolor": colour if leak else "none"}
+        style: dict[str, Any] = {"color": colour, "weight": "bold" if leak else "normal", "bbox": box}
+        axes.text(j + 0.5, i + 0.5, number(found, 2), ha="center", va="center", **style)
+    axes.set_xticks(np.arange(len(methods)) + 0.5, methods, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(np.arange(len(attacks)) + 0.5, attacks)
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.set_title("AUC against same-group controls; outlined: outside the no-leak 95 % band", fontsize=8)
+    return figure

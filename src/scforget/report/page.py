@@ -1,0 +1,376 @@
+"""The report: one HTML page that needs nothing else, verdict first, evidence under it.
+
+Python prepares every number as text; ``page.html`` only lays it out. Pictures become data URIs inside ``<img>``, so
+that their ids never meet and nothing in them can run; all other text is escaped by Jinja.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from scforget.report.tables import (
+    DASH,
+    DISPLAY_COLUMNS,
+    REFERENCES,
+    Audit,
+    Audits,
+    bounds,
+    dig,
+    display,
+    duration,
+    look,
+    margin,
+    number,
+    ordered,
+    plain,
+    span,
+    value,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jinja2 import Template
+
+Context = Mapping[str, Any]
+
+KINDS = {
+    "cluster": "all training cells of one cluster",
+    "scattered": "training cells drawn at random from all groups",
+    "subset": "training cells drawn at random inside one large cluster",
+    "donor": "all training cells of one donor",
+    "query": "the training cells that a query selects",
+}
+# name -> title, caption, and whether it is open from the start; in the order of the page.
+FIGURES = {
+    "distance_to_target": (
+        "How far from the retrained models",
+        "Each point is a method minus the retrained models, with its 90 % interval. An interval inside the shaded "
+        "margin matches a retrain; one wholly outside does not. The bar of the retrain is the noise floor.",
+        True,
+    ),
+    "cost_against_trace": (
+        "What is left, against what it cost",
+        "Trace minus the retrains' trace, with its 90 % interval. Dashed: the cost of an early-stopped retrain. "
+        "Dotted: where the original stands. Best is inside the shaded margin and far to the left.",
+        True,
+    ),
+    "attack_grid": (
+        "Every attack on every method",
+        "AUC against controls of the same group. Compare a column with the retrain's column, not with 0.5. Outlined: "
+        "the advantage is above the 95 % point of what chance alone gives with this number of cells.",
+        True,
+    ),
+    "roc": (
+        "ROC curves",
+        "Mean over models; the coloured band is the range of the models. Grey: where a curve lies in 95 % of cases "
+        "when nothing leaks. The logarithmic axes show the few cells that an attacker can name with hardly an error.",
+        False,
+    ),
+    "score_histograms": (
+        "Scores of the forget cells",
+        "If the cells are forgotten, the first row looks like the third. Ticks are cells, the dark line is the median.",
+        False,
+    ),
+    "umap": ("Where the cells lie", "Latent means in two dimensions; triangles are the forget cells.", False),
+    "training_curves": ("Training curves", "Thin: one seed. Thick: the mean over seeds.", False),
+}
+PROVENANCE = {
+    "command": "Command",
+    "git_commit": "Git commit",
+    "data_md5": "MD5 of the data",
+    "hardware": "Hardware",
+    "seeds": "Seeds",
+    "versions": "Versions",
+}
+SMALL_GROUP = 30  # P0's forget set: with 30 against 194 cells chance alone gives an advantage of 0.22 in 1 of 20 cases
+LOW_POWER = 0.8  # what the default recipe promises at a true difference of zero
+
+
+def render(scenarios: Sequence[Mapping[str, Any]], context: Context) -> str:
+    """Render the report.
+
+    Parameters
+    ----------
+    scenarios
+        For each: ``context`` (dataset, scenario, kind, n_forget, provenance), ``audits`` (method -> audit), ``figures``
+        (name -> SVG text or PNG bytes; a name that starts like one of ``FIGURES`` gets its place and caption) and
+        ``table`` (from ``tables.scenario_table``; may be None).
+    context
+        Provenance of the whole run: command, git_commit, data_md5, params, seeds, hardware, versions; all optional.
+
+    Returns
+    -------
+    str
+        HTML; the same for the same input.
+    """
+    views = [_scenario(scenario, context) for scenario in scenarios]
+    return _template().render(
+        scenarios=views,
+        overview=_overview(scenarios) if len(views) > 1 else None,
+        columns=DISPLAY_COLUMNS,
+        provenance=_provenance(context),
+        params=_json(context.get("params")),
+        limits=[limit for scenario in scenarios for limit in _limits(scenario)],
+    )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files("scforget.report").joinpath("page.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
+
+
+def _name(scenario: Mapping[str, Any]) -> str:
+    parts = (dig(scenario, "context", key) for key in ("dataset", "scenario"))
+    return " / ".join(str(part) for part in parts if part is not None) or DASH
+
+
+def _scenario(scenario: Mapping[str, Any], overall: Context) -> dict[str, Any]:
+    """Prepare all that the page says of one scenario."""
+    audits: Audits = dig(scenario, "audits") or {}
+    context: Context = dig(scenario, "context") or {}
+    figures = _figures(dig(scenario, "figures") or {})
+    table = dig(scenario, "table")
+    return {
+        "name": _name(scenario),
+        "question": _question(context, audits),
+        "headline": headline(audits),
+        "nothing": any(dig(audit, "nothing_to_forget") is True for audit in audits.values()),
+        "cards": [_card(method, audits[method]) for method in ordered(audits) if method != "retrain"],
+        "open": [figure for figure in figures if figure["open"]],
+        "closed": [figure for figure in figures if not figure["open"]],
+        "rows": [] if table is None else _rows(table),
+        "details": [table for table in (_primary(audits), _attacks(audits), _utility(audits)) if table["rows"]],
+        # What the whole run says already is not said again.
+        "provenance": _provenance({key: context[key] for key in context if context[key] != overall.get(key)}),
+        "params": "" if context.get("params") == overall.get("params") else _json(context.get("params")),
+    }
+
+
+def _question(context: Context, audits: Audits) -> list[tuple[str, str]]:
+    """Say what was to be forgotten and with how many cells and models it was judged."""
+    groups: dict[str, Any] = {}
+    for audit in audits.values():
+        groups |= {key: n for key, n in (dig(audit, "groups") or {}).items() if n is not None}
+    kind = context.get("kind")
+    models: dict[str, list[str]] = {}
+    for method in ordered(audits):
+        models.setdefault(number(value(audits[method], "models"), 0), []).append(method)
+    return [
+        ("Forget", f"{_words(context.get('n_forget'))} cells of {_words(context.get('dataset'))}"),
+        ("Which", f"{KINDS.get(str(kind), _words(kind))} ({_words(kind)})"),
+        ("Compared with", ", ".join(f"{_words(n)} {key}" for key, n in groups.items() if key != "forget") or DASH),
+        ("Models", "; ".join(f"{n} each of {', '.join(methods)}" for n, methods in models.items()) or DASH),
+    ]
+
+
+def headline(audits: Audits) -> str:
+    """Say in one sentence which methods pass: forgotten, with their utility kept."""
+    judged = [method for method in ordered(audits) if method not in REFERENCES]
+    passing = [
+        method
+        for method in judged
+        if dig(audits[method], "verdict") == "FORGOTTEN" and dig(audits[method], "utility", "verdict") == "kept"
+    ]
+    if not judged:
+        return "No unlearning method was audited."
+    if not passing:
+        return f"No method passes: none of {len(judged)} has forgotten the cells and kept its utility."
+    verb = "passes" if len(passing) == 1 else "pass"
+    return f"{', '.join(passing)} {verb}: cells forgotten, utility kept ({len(passing)} of {len(judged)} methods)."
+
+
+def _card(method: str, audit: Audit) -> dict[str, Any]:
+    """Prepare the card of one method: verdict, why, and the numbers behind it."""
+    seen = look(dig(audit, "verdict"))
+    outside = dig(audit, "utility", "outside")
+    published = {True: "met", False: "not met"}.get(dig(audit, "published_criterion"), DASH)
+    facts = [
+        ("Membership", _evidence(audit, "membership", 3)),
+        ("Trace", _evidence(audit, "trace", 2)),
+        (
+            "Utility",
+            f"{_words(dig(audit, 'utility', 'verdict'))}; marker r {number(value(outside, 'marker_r'))}, "
+            f"ELBO {number(value(outside, 'elbo'), 1)}",
+        ),
+        ("Cost", _cost(audit)),
+        ("Published criterion", published),
+    ]
+    modes = dig(audit, "failure_modes") or []
+    failed = dig(audit, "failed_seeds") or {}
+    notes = [f"Failure mode: {_words(modes)}"] if modes else []
+    notes += [f"Seed {seed} failed: {why}" for seed, why in sorted(failed.items(), key=str)]
+    return {
+        "method": method,
+        "look": seen,
+        "explanation": _words(dig(audit, "explanation")),
+        "facts": facts,
+        "notes": notes,
+        "reference": method in REFERENCES,
+    }
+
+
+def _evidence(audit: Audit, key: str, digits: int) -> str:
+    found = dig(audit, "primary", key)
+    if math.isnan(value(found, "difference")):
+        return DASH
+    difference = number(value(found, "difference"), digits, sign=True)
+    interval = span(bounds(found, "interval"), digits)
+    return f"{difference} ({interval}); margin ±{number(value(found, 'margin'), 2)}"
+
+
+def _cost(audit: Audit) -> str:
+    ratios = {"passes": value(audit, "cost", "passes_ratio"), "time": value(audit, "cost", "seconds_ratio")}
+    parts = [f"{number(x, 2)} of a retrain's {what}" for what, x in ratios.items() if math.isfinite(x)]
+    return ", ".join([*parts, duration(value(audit, "cost", "seconds"))])
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    shown = display(table).to_dict("records")
+    return [
+        {"look": look(verdict), "cells": {key: str(text).split("\n") for key, text in row.items()}}
+        for row, verdict in zip(shown, table["verdict"], strict=True)
+    ]
+
+
+def _figures(figures: Mapping[str, str | bytes]) -> list[dict[str, Any]]:
+    """Order the pictures as in ``FIGURES`` (of a kind, as given; unknown ones last); turn each into a data URI."""
+    views = []
+    for name in figures:
+        kind = next((known for known in FIGURES if name.startswith(known)), None)
+        title, caption, is_open = FIGURES[kind] if kind else (name, "", False)
+        rest = name.removeprefix(kind or name).strip("_-/: ")
+        picture = figures[name]
+        data, mime = (picture, "png") if isinstance(picture, bytes) else (picture.encode(), "svg+xml")
+        views.append(
+            {
+                "title": f"{title}: {rest}" if rest else title,
+                "caption": caption.replace(" %", "\u00a0%"),  # no line break inside "95 %"
+                "open": is_open,
+                "uri": f"data:image/{mime};base64,{base64.b64encode(data).decode()}",
+                "rank": list(FIGURES).index(kind) if kind else len(FIGURES),
+            }
+        )
+    return sorted(views, key=lambda view: view["rank"])
+
+
+def _primary(audits: Audits) -> dict[str, Any]:
+    """Tabulate all that is known of the two statistics that decide."""
+    head = ["method", "statistic", "mean", "retrains' mean", "difference", "90 % interval", "margin"]
+    head += ["p (TOST)", "power", "noise floor", "side", "models needed (times as many)"]
+    rows = []
+    for method in ordered(audits):
+        for key, digits in (("membership", 3), ("trace", 2)):
+            found = dig(audits[method], "primary", key)
+            if found is None:
+                continue
+            numbers = [number(value(found, part), digits) for part in ("mean", "target_mean", "difference")]
+            rest = [number(value(found, part), digits) for part in ("margin", "p_tost", "power", "noise_floor")]
+            needed = _words(dig(found, "models_needed"))
+            interval = span(bounds(found, "interval"), digits)
+            rows.append([method, key, *numbers, interval, *rest, _words(dig(found, "side")), needed])
+    return {"title": "The two statistics that decide", "head": head, "rows": rows}
+
+
+def _attacks(audits: Audits) -> dict[str, Any]:
+    """Tabulate every attack against every control group, model by model."""
+    head = ["attack", "controls", "method", "AUC", "interval", "advantage", "null mean, 95 %", "AUC of each model"]
+    rows = [
+        [
+            attack,
+            group,
+            method,
+            number(value(found, "auc")),
+            span(bounds(found, "interval")),
+            number(value(found, "advantage")),
+            span((value(found, "null", "mean"), value(found, "null", "q95"))),
+            " ".join(number(value({"auc": auc}, "auc"), 2) for auc in dig(found, "per_seed") or []) or DASH,
+        ]
+        for method in ordered(audits)
+        for attack, groups in (dig(audits[method], "attacks") or {}).items()
+        for group, found in (groups or {}).items()
+    ]
+    place = {method: i for i, method in enumerate(ordered(audits))}
+    return {
+        "title": "Every attack, every control group, every model",
+        "head": head,
+        "rows": sorted(rows, key=lambda row: (row[0], row[1], place[row[2]])),
+    }
+
+
+def _utility(audits: Audits) -> dict[str, Any]:
+    """Tabulate utility outside and inside the forgotten group, a column for each method."""
+    methods = ordered(audits)
+    found = [
+        (where, metric)
+        for where in ("outside", "inside")
+        for metric in sorted({m for audit in audits.values() for m in dig(audit, "utility", where) or {}})
+    ]
+    rows = [
+        [
+            f"{metric}, {where} the group",
+            *(f"{number(value(audits[m], 'utility', where, metric))}" for m in methods),
+        ]
+        for where, metric in found
+    ]
+    return {"title": "Utility on unseen cells", "head": ["mean over models", *methods], "rows": rows}
+
+
+def _overview(scenarios: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Cross all methods with all scenarios, so that a reader of many scenarios sees the whole first."""
+    methods: dict[str, None] = {}
+    for scenario in scenarios:
+        methods |= dict.fromkeys(method for method in ordered(dig(scenario, "audits") or {}) if method != "retrain")
+    rows = [(m, [look(dig(scenario, "audits", m, "verdict")) for scenario in scenarios]) for m in methods]
+    return {"head": [_name(scenario) for scenario in scenarios], "rows": rows}
+
+
+def _limits(scenario: Mapping[str, Any]) -> list[str]:
+    """List what weakens the evidence of a scenario: few cells, low power, failed seeds, open verdicts."""
+    audits: Audits = dig(scenario, "audits") or {}
+    name, found = _name(scenario), []
+    for group, words in (("forget", "forget cells"), ("same_group", "controls of the same group")):
+        sizes = [value(audit, "groups", group) for audit in audits.values()]
+        if (size := min((n for n in sizes if math.isfinite(n)), default=math.inf)) < SMALL_GROUP:
+            found.append(f"{name}: only {number(size, 0)} {words}; an AUC of so few cells moves by chance.")
+    for method in ordered(audits):
+        for key in ("membership", "trace"):
+            if (power := value(audits[method], "primary", key, "power")) < LOW_POWER:
+                found.append(f"{name}, {method}: power {number(power, 2)} on {key}; too few models to show a match.")
+        if failed := dig(audits[method], "failed_seeds"):
+            found.append(f"{name}, {method}: failed seeds, left out of the numbers: {', '.join(map(str, failed))}.")
+        if dig(audits[method], "verdict") == "UNDETERMINED":
+            found.append(f"{name}, {method}: the verdict is open; that is neither a pass nor a failure.")
+    if audits and not margin(audits, "membership"):
+        found.append(f"{name}: no margin on membership is recorded, so nothing here was decided by it.")
+    return found
+
+
+def _provenance(context: Context) -> list[tuple[str, str]]:
+    known = [(label, _words(context[key])) for key, label in PROVENANCE.items() if context.get(key) is not None]
+    asked = {*PROVENANCE, "params", "dataset", "scenario", "kind", "n_forget"}
+    return known + [(str(key), _words(context[key])) for key in sorted(set(context) - asked, key=str)]
+
+
+def _json(params: object) -> str:
+    return json.dumps(plain(params), indent=2, sort_keys=True, ensure_ascii=False) if params else ""
+
+
+def _words(found: object) -> str:
+    """Write any plain value as words; an en dash when there is none."""
+    if isinstance(found, Mapping):
+        return "; ".join(f"{key}: {_words(found[key])}" for key in found) or DASH
+    if isinstance(found, list | tuple):
+        return ", ".join(map(_words, found)) or DASH
+    if found is None or found == "" or (isinstance(found, float) and math.isnan(found)):
+        return DASH
+    return f"{found:.3g}" if isinstance(found, float) else str(found)
