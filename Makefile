@@ -1,0 +1,42 @@
+# Two commands do everything: `make repro` and `make test`. Both make .venv first if it is not there.
+PYTHON ?= python3.11
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+PORT ?= 5000
+
+.PHONY: help repro test lint ui bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+data/pbmc68k: data.dvc
+	dvc pull --quiet --remote bundled data.dvc
+	touch $@
+
+repro: $(BIN)/.installed data/pbmc68k ## run the whole pipeline and print the result
+	dvc repro
+	@scforget show
+
+test: $(BIN)/.installed-dev ## lint, types, layers, tests
+	ruff check src tests bench
+	ruff format --check src tests bench
+	mypy
+	lint-imports
+	pytest --numprocesses 2
+
+ui: $(BIN)/.installed ## MLflow on http://127.0.0.1:$(PORT)
+	scforget ui --port $(PORT)
+
+clean: ## remove what the pipeline made (DVC's cache keeps it)
+	rm -rf work results report/figures report/tables report/report.html mlruns/mlflow.db mlruns/artifacts

@@ -1,0 +1,136 @@
+"""The end of the pipeline: the report from all results, the runs that MLflow lacks, the tables on the terminal."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from scforget import artifacts, pictures, replay, results, schema
+from scforget.artifacts import Workspace
+from scforget.pipeline import Pipeline
+from scforget.report import figures, page, tables
+from scforget.results import Record
+from scforget.tracking import Store
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LIBRARIES = ("scforget", "torch", "scanpy", "anndata", "numpy", "scipy", "mlflow", "dvc")
+
+
+def _drawn(
+    workspace: Workspace, dataset: str, scenario: str, audits: dict[str, Record], seed: int
+) -> dict[str, Figure]:
+    """Every figure of a scenario, by file stem."""
+    drawn = {
+        "distance_to_target": figures.distance_to_target(audits),
+        "cost_against_trace": figures.cost_against_trace(audits),
+        "attack_grid": figures.attack_grid(audits),
+    }
+    for method in audits:
+        for name, figure in pictures.audited(workspace, dataset, scenario, method).items():
+            drawn[f"{name}_{method}"] = figure
+        drawn[f"umap_{method}"] = pictures.umap(workspace, dataset, scenario, method, seed)
+        folder = workspace.results(*results.models_stage(dataset, scenario, method))
+        history = artifacts.read_table(folder / "history.csv")
+        if len(history):
+            drawn[f"training_curves_{method}"] = figures.training_curves(history, f"{scenario}, {method}")
+    return drawn
+
+
+def _scenario(workspace: Workspace, params: schema.Params, dataset: str, scenario: str) -> dict[str, Any]:
+    """Write tables and figures of one scenario; return what the page shows of it."""
+    audits = results.audits(workspace, dataset, scenario, params.pipeline.methods)
+    table = tables.scenario_table(audits)
+    name = f"{dataset}-{scenario}"
+    artifacts.write_bytes(workspace.report / "tables" / f"{name}.csv", tables.to_csv(table).encode())
+    artifacts.write_bytes(workspace.report / "tables" / f"{name}.md", tables.to_markdown(table).encode())
+    drawn = _drawn(workspace, dataset, scenario, audits, params.seed)
+    pictured = {stem: figures.png_bytes(figure) for stem, figure in drawn.items()}
+    for stem, content in pictured.items():
+        artifacts.write_bytes(workspace.report / "figures" / name / f"{stem}.png", content)
+    request = params.datasets[dataset].scenarios[scenario]
+    context = {
+        "dataset": dataset,
+        "scenario": scenario,
+        "kind": request.kind,
+        "n_forget": audits["original"]["groups"]["forget"],
+        "request": ", ".join(f"{key}: {value}" for key, value in request.model_dump().items()),
+    }
+    return {"context": context, "audits": audits, "figures": pictured, "table": table}
+
+
+def _provenance(workspace: Workspace, pipeline: Pipeline, params: schema.Params) -> dict[str, Any]:
+    """What the results were made from and on. No commit: one made after the run would be the wrong one to name."""
+    data = {
+        item.keys[0]: inputs.deps[f"data/{item.keys[0]}"]
+        for item, inputs in pipeline.recorded().items()
+        if item.stage == "prepare"
+    }
+    machines = [artifacts.read_json(path)["machine"] for path in workspace.results("train").glob("*/cost.json")]
+    return {
+        "command": "dvc repro",
+        "data_md5": data,
+        "params": params.model_dump(mode="json"),
+        "seeds": {"global": params.seed, "originals": params.train.seeds, "retrains": params.retrain.seeds},
+        "hardware": machines[0] if machines else None,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+    }
+
+
+def report() -> None:
+    """Write ``report/``: summary.json, a table and figures for each scenario, and report.html."""
+    root = Path.cwd()
+    params, workspace, pipeline = schema.load(root / "params.yaml"), Workspace(root), Pipeline(root)
+    scenarios = {
+        f"{dataset}/{scenario}": _scenario(workspace, params, dataset, scenario)
+        for dataset in params.pipeline.datasets
+        for scenario in params.pipeline.scenarios
+    }
+    summary = tables.summary({name: scenario["audits"] for name, scenario in scenarios.items()})
+    artifacts.write_json(workspace.report / "summary.json", summary)
+    html = page.render(list(scenarios.values()), _provenance(workspace, pipeline, params))
+    artifacts.write_bytes(workspace.report / "report.html", html.encode())
+
+
+def track() -> tuple[int, int]:
+    """Log every finished stage item that MLflow lacks; return how many runs were created and how many were there.
+
+    Raises
+    ------
+    TrackingError
+        If the store does not answer.
+    """
+    root = Path.cwd()
+    workspace, store = Workspace(root), Store(root)
+    created = known = 0
+    for inputs in Pipeline(root).recorded().values():
+        run = replay.run(workspace, inputs)
+        if run is None:
+            continue
+        if store.log(run, "restored"):
+            created += 1
+        else:
+            known += 1
+    return created, known
+
+
+def show() -> None:
+    """Print the result table of every scenario, and where to look further."""
+    root = Path.cwd()
+    params, workspace = schema.load(root / "params.yaml"), Workspace(root)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 150
+    for dataset in params.pipeline.datasets:
+        for scenario in params.pipeline.scenarios:
+            audits = results.audits(workspace, dataset, scenario, params.pipeline.methods)
+            table = tables.scenario_table(audits)
+            console.print(tables.to_rich(table, f"{dataset} / {scenario}"))
+            console.print()
+    console.print("The whole report:   report/report.html")
+    console.print("Compare the runs:   make ui   (then http://127.0.0.1:5000)")

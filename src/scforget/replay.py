@@ -1,0 +1,192 @@
+"""Turns what a stage left on disk into tracked runs.
+
+A stage calls it when its results are written, and ``scforget track`` calls it again for results that DVC restored: one
+path for both, so a rebuilt store holds the same parameters, metrics, curves and figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from scforget import pictures, results
+from scforget.artifacts import Workspace, read_bytes, read_json, read_table
+from scforget.pipeline import Inputs, Item
+from scforget.report.figures import png_bytes, training_curves
+from scforget.tracking import DatasetInput, Run, flatten
+
+Record = dict[str, Any]
+Artifacts = Callable[[], Mapping[str, bytes]]
+_POPULATIONS = ("train", "retrain", "unlearn")
+
+
+def tags(item: Item, **more: object) -> dict[str, str]:
+    """Tags that say what a run is of."""
+    axes = dict(zip(("dataset", "scenario", "method"), item.keys, strict=False))
+    return {key: str(value) for key, value in {"stage": item.stage, **axes, **more}.items()}
+
+
+def _params(inputs: Inputs) -> dict[str, object]:
+    """Flattened params without the names of data set and method, so that runs line up in one column."""
+    dataset = f"datasets.{inputs.item.keys[0]}."
+    method = f"unlearn.{inputs.item.keys[-1]}."
+    return {key.removeprefix(dataset).removeprefix(method): value for key, value in flatten(inputs.params).items()}
+
+
+def _dataset(inputs: Inputs, context: str) -> DatasetInput | None:
+    """The data that the item read, by DVC's hash: the raw set for ``prepare``, the prepared cells for the rest."""
+    for path, digest in inputs.deps.items():
+        if path.startswith(("data/", "work/prepare/")):
+            return DatasetInput(inputs.item.keys[0], path, digest, context)
+    return None
+
+
+def _numbers(record: Record, prefix: str) -> dict[str, float]:
+    """Flatten to slash-separated metric keys; only numbers and truth values survive."""
+    flat = {f"{prefix}{key.replace('.', '/')}": value for key, value in flatten(record).items()}
+    return {key: float(value) for key, value in flat.items() if isinstance(value, int | float)}
+
+
+def audit_metrics(record: Record) -> dict[str, float]:
+    """What a person compares methods by: ``audit/…``, ``utility/…``, ``cost/…``."""
+    metrics: dict[str, float] = {}
+    for attack, by_control in record["attacks"].items():
+        for control, row in by_control.items():
+            middle = "" if control == "same_group" else f"{control}/"
+            keys = ("auc", "signed", "advantage", "distance_to_retrain")
+            metrics |= _numbers({key: row.get(key) for key in keys}, f"audit/{middle}{attack}/")
+    for statistic, row in (record.get("primary") or {}).items():
+        shown = ("mean", "target_mean", "difference", "p_tost", "power", "noise_floor")
+        metrics |= _numbers({key: row.get(key) for key in shown}, f"audit/{statistic}/")
+        metrics |= _numbers(dict(zip(("low", "high"), row["interval"], strict=True)), f"audit/{statistic}/")
+    for name in ("noise_floor", "design_power"):
+        metrics |= _numbers(record.get(name) or {}, f"audit/{name}/")
+    for place, prefix in (("outside", "utility/"), ("inside", "utility/inside/")):
+        metrics |= _numbers({key: row["mean"] for key, row in record["utility"].get(place, {}).items()}, prefix)
+    return metrics | _numbers(record.get("cost") or {}, "cost/")
+
+
+def _seed_metrics(record: Record, index: int) -> dict[str, float]:
+    """The same of one model of a population."""
+    metrics = {
+        f"audit/{attack}/auc": by_control["same_group"]["per_seed"][index]
+        for attack, by_control in record["attacks"].items()
+    }
+    metrics["audit/trace"] = record["trace_per_seed"][index]
+    for key, row in record["utility"].get("outside", {}).items():
+        if row["per_seed"][index] is not None:
+            metrics[f"utility/{key}"] = row["per_seed"][index]
+    return metrics
+
+
+def _audited(item: Item, inputs: Inputs, method: str, record: Record, artifacts: Artifacts) -> Run:
+    """A row of the comparison: one audited population, its models nested."""
+    dataset, scenario = item.keys[:2]
+    fingerprint = f"{inputs.fingerprint}-{method}"
+    common = tags(Item("audit", (dataset, scenario, method)))
+    verdict = {
+        "verdict": str(record.get("verdict")),
+        "utility_verdict": str(record["utility"].get("verdict")),
+        "published_criterion": str(record.get("published_criterion")),
+    }
+    children = tuple(
+        Run(f"{method} seed {seed}", f"{fingerprint}-{seed}", {**common, "seed": str(seed)}, {},
+            _seed_metrics(record, index))
+        for index, seed in enumerate(record["seeds"])
+    )  # fmt: skip
+    return Run(
+        f"audit {scenario} {method}", fingerprint, {**common, **verdict, "kind": "comparison"}, _params(inputs),
+        audit_metrics(record), artifacts=artifacts, dataset=_dataset(inputs, "audit"), children=children,
+    )  # fmt: skip
+
+
+def _audit_artifacts(workspace: Workspace, item: Item, method: str) -> Artifacts:
+    def make() -> dict[str, bytes]:
+        folder = workspace.results(item.stage, *item.keys)
+        drawn = pictures.audited(workspace, item.keys[0], item.keys[1], method)
+        return {"result.json": read_bytes(folder / "result.json")} | {
+            f"{name}.png": png_bytes(figure) for name, figure in drawn.items()
+        }
+
+    return make
+
+
+def _population_artifacts(folder: Path, history: pd.DataFrame, title: str) -> Artifacts:
+    def make() -> dict[str, bytes]:
+        contents = {name: read_bytes(folder / name) for name in ("result.json", "history.csv", "cost.json")}
+        if len(history):
+            contents["training_curves.png"] = png_bytes(training_curves(history, title))
+        return contents
+
+    return make
+
+
+def _audit_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
+    dataset, scenario = item.keys[:2]
+    folder = workspace.results(item.stage, *item.keys)
+    records = read_json(folder / "result.json")
+    rows = []
+    for method, record in records.items():
+        record["cost"] = results.cost(workspace, dataset, scenario, method)
+        rows.append(_audited(item, inputs, method, record, _audit_artifacts(workspace, item, method)))
+    if item.stage == "audit":
+        return rows[0]
+    return Run(f"reference {scenario}", inputs.fingerprint, tags(item), _params(inputs), children=tuple(rows),
+               dataset=_dataset(inputs, "audit"))  # fmt: skip
+
+
+def _curves(table: pd.DataFrame) -> dict[int, dict[str, float]]:
+    rows = table.drop(columns="seed").to_dict("records")
+    return {int(row.pop("epoch")): {f"train/{key}": float(value) for key, value in row.items()} for row in rows}
+
+
+def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
+    folder = workspace.results(item.stage, *item.keys)
+    result, costs = read_json(folder / "result.json"), read_json(folder / "cost.json")
+    history = read_table(folder / "history.csv")
+    children = []
+    for seed, row in result["seeds"].items():
+        own = history[history["seed"] == int(seed)]
+        metrics = _numbers({k: v for k, v in row.items() if isinstance(v, int | float)}, "model/")
+        metrics |= _numbers(costs["seeds"].get(seed, {}), "cost/")
+        children.append(
+            Run(f"{item.keys[-1]} seed {seed}", f"{inputs.fingerprint}-{seed}", tags(item, seed=seed),
+                metrics=metrics, curves=_curves(own))
+        )  # fmt: skip
+    for seed, why in result["failed"].items():
+        failed = tags(item, seed=seed, failed=why)
+        children.append(Run(f"{item.keys[-1]} seed {seed}", f"{inputs.fingerprint}-{seed}", failed))
+    metrics = {}
+    for prefix, content in (("model/", result), ("cost/", costs)):
+        table = pd.DataFrame(list(content["seeds"].values())).select_dtypes("number")
+        metrics |= {f"{prefix}{key}": float(value) for key, value in table.mean().items()}
+    artifacts = _population_artifacts(folder, history, item.name)
+    return Run(
+        f"{item.stage} {' '.join(item.keys[1:] or item.keys)}", inputs.fingerprint, tags(item), _params(inputs),
+        metrics, artifacts=artifacts, dataset=_dataset(inputs, item.stage), children=tuple(children),
+    )  # fmt: skip
+
+
+def _report_artifacts(workspace: Workspace) -> dict[str, bytes]:
+    files = sorted(path for path in workspace.report.rglob("*") if path.is_file() and path.name != ".gitignore")
+    return {path.relative_to(workspace.report).as_posix(): read_bytes(path) for path in files}
+
+
+def run(workspace: Workspace, inputs: Inputs) -> Run | None:
+    """Build the tracked run of a finished stage item; ``None`` for ``track`` itself."""
+    item = inputs.item
+    if item.stage in ("reference", "audit"):
+        return _audit_run(workspace, item, inputs)
+    if item.stage in _POPULATIONS:
+        return _population_run(workspace, item, inputs)
+    if item.stage == "report":
+        return Run("report", inputs.fingerprint, tags(item), artifacts=lambda: _report_artifacts(workspace))
+    if item.stage not in ("prepare", "split"):
+        return None
+    path = workspace.results(item.stage, *item.keys) / "result.json"
+    return Run(f"{item.stage} {item.keys[0]}", inputs.fingerprint, tags(item), _params(inputs),
+               _numbers(read_json(path), f"{item.stage}/"), artifacts=lambda: {"result.json": read_bytes(path)},
+               dataset=_dataset(inputs, item.stage))  # fmt: skip

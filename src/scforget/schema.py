@@ -1,0 +1,112 @@
+"""The shape of ``params.yaml``, assembled from the settings classes of the rooms below."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, create_model, field_validator, model_validator
+
+from scforget import config
+from scforget.audit import AuditSettings
+from scforget.data.prepare import PrepareSettings
+from scforget.data.splits import Fractions, ScenarioSettings
+from scforget.methods import METHODS
+from scforget.models.vae import VAESettings
+from scforget.settings import Settings
+from scforget.training import TrainingSettings
+
+NAME = r"^[A-Za-z0-9_.+]+$"  # no dash, no slash: names become parts of stage names and paths
+Name = Annotated[str, Field(pattern=NAME)]
+Names = Annotated[list[Name], Field(min_length=1)]
+
+
+class PipelineSettings(Settings):
+    """What ``dvc repro`` runs: the full product of these lists."""
+
+    datasets: Names
+    scenarios: Names
+    methods: Names
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in METHODS:
+                raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        return names
+
+
+class SplitSettings(Settings):
+    """How cells are dealt, and which genes the model sees.
+
+    Attributes
+    ----------
+    genes_from
+        Cells on which informative genes are chosen: ``all``, ``train``, ``retain`` (training cells that no scenario
+        forgets), ``unseen``; or the path of a text file with one gene a line.
+    markers
+        Genes of the marker correlation; if empty, the top ``markers_per_label`` Wilcoxon markers of each label.
+    """
+
+    fractions: Fractions
+    genes_from: str
+    n_genes: Annotated[int, Field(gt=0)]
+    markers: list[str]
+    markers_per_label: Annotated[int, Field(gt=0)]
+
+
+class DatasetSettings(Settings):
+    """Everything that belongs to one data set."""
+
+    prepare: PrepareSettings
+    split: SplitSettings
+    scenarios: Annotated[dict[Name, ScenarioSettings], Field(min_length=1)]
+    model: VAESettings
+    training: TrainingSettings
+
+
+class Population(Settings):
+    """A population of models: one for each seed."""
+
+    seeds: Annotated[list[int], Field(min_length=2)]
+
+    @field_validator("seeds")
+    @classmethod
+    def _unique(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("seeds must differ: two models of one seed are one model")
+        return seeds
+
+
+_unlearn_fields: dict[str, Any] = {name: (method.settings, ...) for name, method in METHODS.items()}
+UnlearnSettings = create_model("UnlearnSettings", __base__=Settings, **_unlearn_fields)
+
+
+class Params(Settings):
+    """The whole of ``params.yaml``."""
+
+    seed: int
+    pipeline: PipelineSettings
+    downloads: dict[Name, str | None]
+    datasets: dict[Name, DatasetSettings]
+    train: Population
+    retrain: Population
+    unlearn: UnlearnSettings
+    audit: AuditSettings
+
+    @model_validator(mode="after")
+    def _described(self) -> Params:
+        for dataset in self.pipeline.datasets:
+            if dataset not in self.datasets:
+                raise ValueError(f"pipeline.datasets names {dataset!r}, which has no section under datasets")
+            known = self.datasets[dataset].scenarios
+            for scenario in self.pipeline.scenarios:
+                if scenario not in known:
+                    raise ValueError(f"datasets.{dataset}.scenarios lacks {scenario!r}; it has {', '.join(known)}")
+        return self
+
+
+def load(path: Path) -> Params:
+    """Read and check ``params.yaml``; raises :class:`~scforget.errors.ConfigError`."""
+    return config.load(path, Params)
