@@ -11,10 +11,12 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +140,7 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, KeyError) as error:
+    except (ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
         raise ArtifactError(path, f"not a readable npz ({error}); delete it and run its stage again") from error
 
 
@@ -156,16 +158,24 @@ def write_cells(path: Path, cells: AnnData) -> None:
     """Write an AnnData as h5ad."""
     temporary = path.with_name(f".{path.name}.tmp")
     with _errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cells.write_h5ad(temporary, compression="gzip")
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cells.write_h5ad(temporary, compression="gzip")
+            temporary.replace(path)
+        finally:
+            if temporary.exists():
+                temporary.unlink()
 
 
 def read_cells(path: Path) -> AnnData:
     """Read an h5ad written by :func:`write_cells`."""
     if not path.exists():
         raise ArtifactError(path, "no such file; run `dvc repro prepare`")
-    return read_h5ad(path)
+    try:
+        return read_h5ad(path)
+    except Exception as error:  # a damaged file can break its reader in any way
+        why = " ".join(str(error).split())[:200]
+        raise ArtifactError(path, f"not a readable h5ad ({why}); delete it and run its stage again") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str] | None = None) -> None:

@@ -145,11 +145,11 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     root = Path.cwd()
     address = tracking.uri(root)
     tracking.Store(root)  # makes the database if there is none, and ends in one line if it cannot be opened
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
     if not address.startswith("sqlite"):
         raise ScforgetError(f"MLFLOW_TRACKING_URI is {address}: open it in a browser")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", address]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)", file=sys.stderr)
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
 

@@ -109,13 +109,11 @@ def track() -> tuple[int, int]:
     workspace, store = Workspace(root), Store(root)
     created = known = 0
     for inputs in Pipeline(root).recorded().values():
-        run = replay.run(workspace, inputs)
-        if run is None:
-            continue
-        if store.log(run, "restored"):
-            created += 1
-        else:
-            known += 1
+        for run in replay.runs(workspace, inputs):
+            if store.log(run, "restored"):
+                created += 1
+            else:
+                known += 1
     return created, known
 
 

@@ -31,7 +31,7 @@ def read_yaml(path: Path) -> Any:
         return YAML(typ="safe", pure=True).load(path)
     except FileNotFoundError as error:
         raise ConfigError(path, "", "no such file; run from the project's root") from error
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
+    except (YAMLError, OSError, ValueError) as error:  # ValueError: a date that is none, say
         raise ConfigError(path, "", f"not readable as YAML: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -43,6 +43,7 @@ def _explain(path: Path, error: ValidationError) -> ConfigError:
     why = {
         "missing": "missing; every setting stands in the file, so that DVC sees it",
         "extra_forbidden": "unknown key; check its spelling and its place",
+        "value_error": first["msg"].removeprefix("Value error, "),  # ours: it says what was found
     }.get(first["type"], first["msg"][0].lower() + first["msg"][1:] + found)
     more = f" (and {count - 1} more)" if count > 1 else ""
     return ConfigError(path, key, why + more)
@@ -76,16 +77,21 @@ def _merge(target: dict[str, Any], overrides: dict[str, Any]) -> None:
             target[key] = value
 
 
-def _edit(path: Path, changes: dict[str, Any], source: Path, schema: type[Settings]) -> None:
-    """Merge changes into a YAML file, keeping comments and order; checked before it replaces the file."""
+def _round_trip() -> YAML:
+    """Return a reader and writer that keeps comments, order and the style of lists."""
     yaml = YAML()
     yaml.width = 120
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
-    try:
-        content = yaml.load(path)
-    except (YAMLError, OSError) as error:
-        raise ConfigError(path, "", f"not readable as YAML: {' '.join(str(error).split())[:200]}") from error
+    return yaml
+
+
+def _edit(path: Path, changes: dict[str, Any], source: Path, schema: type[Settings]) -> None:
+    """Merge changes into a YAML file, keeping comments and order; checked before it replaces the file."""
+    if not isinstance(read_yaml(path), dict):
+        raise ConfigError(path, "", "not a mapping of keys to values; restore it (git checkout)")
+    yaml = _round_trip()
+    content = yaml.load(path)
     _merge(content, changes)
     temporary = path.with_suffix(".tmp")
     try:
@@ -102,10 +108,9 @@ def _edit(path: Path, changes: dict[str, Any], source: Path, schema: type[Settin
 
 def apply_overrides(path: Path, overrides: Path, schema: type[Settings]) -> None:
     """Write the values of one YAML file into another; a bad profile changes nothing."""
-    changes = read_yaml(overrides)
-    if not isinstance(changes, dict):
+    if not isinstance(read_yaml(overrides), dict):
         raise ConfigError(overrides, "", "a profile is a mapping of keys to values")
-    _edit(path, changes, overrides, schema)
+    _edit(path, _round_trip().load(overrides), overrides, schema)
 
 
 def set_value(path: Path, key: tuple[str, ...], value: object, schema: type[Settings]) -> None:

@@ -53,7 +53,7 @@ def add(root: Path, path: Path, name: str, layer: str | None) -> None:
         If the disk or DVC refuses; nothing half-copied is left.
     """
     if not re.fullmatch(schema.NAME, name):
-        raise ConfigError(root / "params.yaml", f"datasets.{name}", "a name has letters, digits, '_', '.' and '+' only")
+        raise ConfigError(root / "params.yaml", f"datasets.{name}", "a name has letters, digits and '_' only")
     target = root / "data" / name
     if target.exists():
         raise ConfigError(target, "", "exists already; choose another --name or delete it first")

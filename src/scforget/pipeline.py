@@ -78,6 +78,13 @@ def _lookup(content: Any, dotted: str, path: Path) -> Any:
     return content
 
 
+def _stages(path: Path) -> dict[str, Any]:
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
+        raise ConfigError(path, "stages", "missing; restore the file (git checkout)")
+    return dict(content["stages"])
+
+
 def _fill(text: str, values: dict[str, str]) -> str:
     return _INTERPOLATION.sub(lambda match: values[match.group(1).removeprefix("item.")], text)
 
@@ -117,7 +124,7 @@ class Pipeline:
         self._root = root
         self._params_path = root / "params.yaml"
         self.params = read_yaml(self._params_path)
-        self._stages = read_yaml(root / "dvc.yaml")["stages"]
+        self._stages = _stages(root / "dvc.yaml")
 
     def _axes(self, stage: str) -> dict[str, list[str]]:
         axes = self._stages[stage].get("matrix", {})
@@ -150,7 +157,7 @@ class Pipeline:
     def recorded(self) -> dict[Item, Inputs]:
         """What each finished item depended on when it ran, as ``dvc.lock`` has it; empty before the first run."""
         lock_path = self._root / "dvc.lock"
-        lock = read_yaml(lock_path)["stages"] if lock_path.exists() else {}
+        lock = _stages(lock_path) if lock_path.exists() else {}
         found = {}
         for item in self.items():
             if (entry := lock.get(item.name)) is not None:

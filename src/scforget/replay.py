@@ -98,7 +98,7 @@ def _audited(item: Item, inputs: Inputs, method: str, record: Record, artifacts:
         for index, seed in enumerate(record["seeds"])
     )  # fmt: skip
     return Run(
-        f"audit {scenario} {method}", fingerprint, {**common, **verdict, "kind": "comparison"}, _params(inputs),
+        f"{method} {scenario} audit", fingerprint, {**common, **verdict, "kind": "comparison"}, _params(inputs),
         audit_metrics(record), artifacts=artifacts, dataset=_dataset(inputs, "audit"), children=children,
     )  # fmt: skip
 
@@ -124,18 +124,14 @@ def _population_artifacts(folder: Path, history: pd.DataFrame, title: str) -> Ar
     return make
 
 
-def _audit_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
+def _audit_runs(workspace: Workspace, item: Item, inputs: Inputs) -> list[Run]:
     dataset, scenario = item.keys[:2]
-    folder = workspace.results(item.stage, *item.keys)
-    records = read_json(folder / "result.json")
+    records = read_json(workspace.results(item.stage, *item.keys) / "result.json")
     rows = []
     for method, record in records.items():
         record["cost"] = results.cost(workspace, dataset, scenario, method)
         rows.append(_audited(item, inputs, method, record, _audit_artifacts(workspace, item, method)))
-    if item.stage == "audit":
-        return rows[0]
-    return Run(f"reference {scenario}", inputs.fingerprint, tags(item), _params(inputs), children=tuple(rows),
-               dataset=_dataset(inputs, "audit"))  # fmt: skip
+    return rows
 
 
 def _curves(table: pd.DataFrame) -> dict[int, dict[str, float]]:
@@ -165,7 +161,7 @@ def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
         metrics |= {f"{prefix}{key}": float(value) for key, value in table.mean().items()}
     artifacts = _population_artifacts(folder, history, item.name)
     return Run(
-        f"{item.stage} {' '.join(item.keys[1:] or item.keys)}", inputs.fingerprint, tags(item), _params(inputs),
+        f"{' '.join(reversed(item.keys))} {item.stage}", inputs.fingerprint, tags(item), _params(inputs),
         metrics, artifacts=artifacts, dataset=_dataset(inputs, item.stage), children=tuple(children),
     )  # fmt: skip
 
@@ -175,18 +171,22 @@ def _report_artifacts(workspace: Workspace) -> dict[str, bytes]:
     return {path.relative_to(workspace.report).as_posix(): read_bytes(path) for path in files}
 
 
-def run(workspace: Workspace, inputs: Inputs) -> Run | None:
-    """Build the tracked run of a finished stage item; ``None`` for ``track`` itself."""
+def runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
+    """Build the tracked runs of a finished stage item: one, but two for ``reference`` and none for ``track`` itself."""
     item = inputs.item
     if item.stage in ("reference", "audit"):
-        return _audit_run(workspace, item, inputs)
+        return _audit_runs(workspace, item, inputs)
     if item.stage in _POPULATIONS:
-        return _population_run(workspace, item, inputs)
+        return [_population_run(workspace, item, inputs)]
     if item.stage == "report":
-        return Run("report", inputs.fingerprint, tags(item), artifacts=lambda: _report_artifacts(workspace))
+        return [Run("report", inputs.fingerprint, tags(item), artifacts=lambda: _report_artifacts(workspace))]
     if item.stage not in ("prepare", "split"):
-        return None
+        return []
     path = workspace.results(item.stage, *item.keys) / "result.json"
-    return Run(f"{item.stage} {item.keys[0]}", inputs.fingerprint, tags(item), _params(inputs),
-               _numbers(read_json(path), f"{item.stage}/"), artifacts=lambda: {"result.json": read_bytes(path)},
-               dataset=_dataset(inputs, item.stage))  # fmt: skip
+    return [
+        Run(
+            f"{item.keys[0]} {item.stage}", inputs.fingerprint, tags(item), _params(inputs),
+            _numbers(read_json(path), f"{item.stage}/"), artifacts=lambda: {"result.json": read_bytes(path)},
+            dataset=_dataset(inputs, item.stage),
+        )
+    ]  # fmt: skip

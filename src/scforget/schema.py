@@ -16,7 +16,7 @@ from scforget.models.vae import VAESettings
 from scforget.settings import Settings
 from scforget.training import TrainingSettings
 
-NAME = r"^[A-Za-z0-9_.+]+$"  # no dash, no slash: names become parts of stage names and paths
+NAME = r"^[A-Za-z0-9_]+$"  # names become parts of stage names (no dash), paths, dotted keys and MLflow keys
 Name = Annotated[str, Field(pattern=NAME)]
 Names = Annotated[list[Name], Field(min_length=1)]
 

@@ -47,7 +47,7 @@ def choose_genes(
         forgotten = np.concatenate([scenario.sets.forget for scenario in scenarios])
         genes = preparing.select_genes(cells, np.setdiff1d(sets.train, forgotten), settings.n_genes)
     else:
-        listed = artifacts.read_bytes(root / source).decode().split()
+        listed = artifacts.read_bytes(root / source).decode(errors="replace").split()
         missing = [gene for gene in listed if gene not in cells.var_names]
         if missing or not listed:
             found = f"{len(missing)} of {len(listed)} genes not in the data ({', '.join(missing[:3])})"

@@ -77,9 +77,9 @@ def _open(stage: str, *keys: str) -> Context:
 def _track(context: Context) -> None:
     """Log what the stage left on disk. Under DVC a failure is a line, not an error: DVC would delete the results."""
     try:
-        run = replay.run(context.workspace, context.inputs)
-        if run is not None:
-            Store(context.workspace.root).log(run, "live")
+        store = Store(context.workspace.root)
+        for run in replay.runs(context.workspace, context.inputs):
+            store.log(run, "live")
     except TrackingError as error:
         if "DVC_STAGE" not in os.environ:
             raise
@@ -227,7 +227,6 @@ def _make_population(population: Population, seeds: Sequence[int]) -> None:
     if len(failed) == len(seeds):
         raise AllDivergedError(context.item.name, next(iter(failed.values())))
     records: dict[str, Record] = {}
-    context.work.mkdir(parents=True, exist_ok=True)
     for seed, (folder, record) in made.items():
         if isinstance(record, dict):
             records[str(seed)] = record

@@ -6,6 +6,7 @@ fingerprint, and can be rebuilt at any time. So whatever happens here, no result
 
 from __future__ import annotations
 
+import getpass
 import logging
 import math
 import os
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "scforget"
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for trained models, not for LLM traces
 _FORBIDDEN = re.compile(r"[^\w\-. :/]", re.ASCII)  # in a metric's name; cell types may hold any sign
+_LONGEST_KEY = 250
 
 
 class DatasetInput(NamedTuple):
@@ -132,9 +135,9 @@ class Store:
                 found = self._client.get_experiment_by_name(EXPERIMENT)
                 location = str(home(root) / "mlruns" / "artifacts") if local else None
                 self._experiment: str = (
-                    found.experiment_id if found else self._client.create_experiment(EXPERIMENT, location)
+                    found.experiment_id if found else self._client.create_experiment(EXPERIMENT, location, tags=_KIND)
                 )
-        self._common = git_tags(root)
+        self._common = {**git_tags(root), "mlflow.source.name": "scforget", "mlflow.user": getpass.getuser()}
         for tag, variable in (("dvc.stage", "DVC_STAGE"), ("dvc.exp", "DVC_EXP_NAME")):
             if os.environ.get(variable):
                 self._common[tag] = os.environ[variable]
@@ -190,7 +193,7 @@ class Store:
         now = int(time.time() * 1000)
         rows = [(key, value, 0) for key, value in run.metrics.items()]
         rows += [(key, value, step) for step, row in run.curves.items() for key, value in row.items()]
-        known = [(_FORBIDDEN.sub("_", key), value, step) for key, value, step in rows if value is not None]
+        known = [(_key(key), value, step) for key, value, step in rows if value is not None]
         metrics = [Metric(key, float(v), now, step) for key, v, step in known if math.isfinite(v)]
         params = [Param(key, str(value)) for key, value in run.params.items()]
         for start in range(0, len(params), 100):
@@ -204,6 +207,12 @@ class Store:
         # Built by hand: MLflow's own dataset classes read and hash the array, and DVC has hashed it already.
         entity = Dataset(dataset.name, dataset.digest[:36], "local", f'{{"uri": "{dataset.source}"}}')
         self._client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", dataset.context)])])
+
+
+def _key(name: str) -> str:
+    """Return what MLflow takes as a metric's name: no forbidden sign, no path with empty parts, not too long."""
+    parts = (part.strip(".") or "_" for part in _FORBIDDEN.sub("_", name).split("/"))
+    return "/".join(parts)[:_LONGEST_KEY].rstrip("/")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

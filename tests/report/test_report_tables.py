@@ -155,7 +155,8 @@ def test_summary_is_strict_json_with_sorted_keys_and_six_digits(audits):
     assert json.dumps(found, allow_nan=False) == json.dumps(found, sort_keys=True, allow_nan=False)
     assert found["a/a"] == found["z/z"]
     ssd = found["a/a"]["ssd"]
-    assert set(ssd) == {"attacks", "cost", "utility", "verdict"}
+    assert set(ssd) == {"attacks", "cost", "primary", "utility", "verdict"}
+    assert set(ssd["primary"]["trace"]) == {"difference", "interval", "margin", "power"}
     assert ssd["attacks"]["elbo"]["auc"] == 0.333333
     assert ssd["attacks"]["knn"]["auc"] is None
     assert ssd["attacks"]["kl"]["null"] == {"mean": 0.094, "q95": 0.222}

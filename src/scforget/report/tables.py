@@ -170,8 +170,9 @@ def summary(audits: Mapping[str, Audits]) -> dict[str, Any]:
     -------
     dict
         scenario -> method -> ``verdict``, ``attacks`` (id -> AUC, interval and null against ``same_group`` controls),
-        ``utility``, ``cost`` (``passes_ratio`` and ``steps``, which are deterministic, and ``seconds``, which are not
-        and so keep two digits). Keys sorted, floats of 6 significant digits, no NaN.
+        ``primary`` (differences from the retrains), ``utility``, ``cost`` (``passes_ratio`` and ``steps``, which are
+        deterministic, and ``seconds``, which are not and so keep two digits). Keys sorted, floats of 6 significant
+        digits, no NaN.
     """
 
     def one(audit: Audit) -> dict[str, Any]:
@@ -186,6 +187,10 @@ def summary(audits: Mapping[str, Audits]) -> dict[str, Any]:
                 "passes_ratio": plain(dig(cost, "passes_ratio")),
                 "seconds": plain(dig(cost, "seconds"), digits=2),
                 "steps": plain(dig(cost, "steps")),
+            },
+            "primary": {
+                str(name): {key: plain(dig(found, key)) for key in ("difference", "interval", "margin", "power")}
+                for name, found in sorted((dig(audit, "primary") or {}).items())
             },
             "utility": plain(dig(audit, "utility")),
             "verdict": plain(dig(audit, "verdict")),
