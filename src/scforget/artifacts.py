@@ -151,7 +151,10 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a CSV written by :func:`write_table`."""
-    return pd.read_csv(io.BytesIO(read_bytes(path)))
+    try:
+        return pd.read_csv(io.BytesIO(read_bytes(path)), float_precision="round_trip")
+    except ValueError as error:
+        raise ArtifactError(path, f"not a readable CSV ({error}); delete it and run its stage again") from error
 
 
 def write_cells(path: Path, cells: AnnData) -> None:
@@ -234,8 +237,12 @@ class FileCheckpoint:
         if not self._path.exists():
             return None
         tensors, note = read_tensors(self._path)
-        self._before = float(note["seconds"])
-        return tensors, json.loads(note["state"])
+        try:
+            self._before = float(note["seconds"])
+            return tensors, json.loads(note["state"])
+        except (KeyError, ValueError) as error:
+            why = f"not a checkpoint of ours ({error}); delete it and run its stage again"
+            raise ArtifactError(self._path, why) from error
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Replace what is saved, atomically, unless it was saved just now."""

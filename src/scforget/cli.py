@@ -192,7 +192,7 @@ def bundled() -> None:
 
 
 def _fail(error: ScforgetError) -> NoReturn:
-    print(f"scforget: {error}", file=sys.stderr)
+    print("scforget:", " ".join(str(error).splitlines()), file=sys.stderr)  # names may hold a line break
     sys.exit(error.exit_code)
 
 

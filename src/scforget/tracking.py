@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
-from scforget.errors import TrackingError
+from scforget.errors import ScforgetError, TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,7 +94,7 @@ def _explained(address: str) -> Iterator[None]:
     """Whatever MLflow or its database raises becomes one line; it has dozens of kinds, none of them our bug."""
     try:
         yield
-    except TrackingError:
+    except ScforgetError:
         raise
     except Exception as error:
         why = str(error).strip().splitlines()

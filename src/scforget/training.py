@@ -31,7 +31,8 @@ class TrainingSettings(Settings):
     max_epochs
         Upper limit; 0 returns the model as it came.
     patience
-        Stop after this many epochs without a better ELBO on the ``stop`` cells; the best epoch's weights are kept.
+        Stop after this many epochs without a better ELBO on the ``stop`` cells, counted from the end of KL warm-up
+        at the earliest; the best epoch's weights are kept.
     kl_warmup_epochs
         The KL weight rises linearly from 1/n to 1 over the first n epochs; 0 starts at 1.
     free_bits
@@ -93,6 +94,10 @@ def mean_elbo(task: VaeTask, model: VAE, cells: IntArray) -> float:
     return float(task.signals(model, cells).elbo.mean())
 
 
+def _copy(model: VAE) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
 def _pack(model: VAE, optimiser: torch.optim.Adam, best: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"best/{name}": value for name, value in best.items()}
@@ -136,6 +141,12 @@ def _train_epoch(  # noqa: PLR0917
     return {"train_loss": total, "train_elbo": reconstruction - kl, "kl": kl}
 
 
+def _goes_on(epochs: int, best_epoch: int, settings: TrainingSettings) -> bool:
+    """Say whether another epoch is due. Patience starts where warm-up ends: before, the objective is another one."""
+    waited = epochs - max(best_epoch, settings.kl_warmup_epochs)
+    return epochs < settings.max_epochs and waited < settings.patience
+
+
 def fit(
     model: VAE, task: VaeTask, cells: IntArray, stop: IntArray, settings: TrainingSettings, *,
     seed: int, checkpoint: Checkpoint | None = None, cell_set: str = "retain",
@@ -167,14 +178,13 @@ def fit(
         If a loss or the ELBO on ``stop`` is NaN or infinite.
     """
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, fused=True)
-    best = {name: value.clone() for name, value in model.state_dict().items()}
-    state: State = {"history": [], "best_elbo": None, "best_epoch": 0}
+    best, state = _copy(model), State(history=[], best_elbo=None, best_epoch=0)
     if checkpoint is not None and (saved := checkpoint.load()) is not None:
         tensors, state = saved
         best = _unpack(tensors, model, optimiser)
     history: list[Epoch] = state["history"]
     steps_per_epoch = -(-len(cells) // settings.batch_size)
-    while len(history) < settings.max_epochs and len(history) - state["best_epoch"] < settings.patience:
+    while _goes_on(len(history), state["best_epoch"], settings):
         epoch = len(history) + 1
         beta = min(1.0, epoch / settings.kl_warmup_epochs) if settings.kl_warmup_epochs else 1.0
         with seeding.scope(seed, "epoch", epoch) as noise:
@@ -185,7 +195,7 @@ def fit(
         history.append({"epoch": epoch, "kl_weight": beta, **row, "stop_elbo": elbo})
         if state["best_elbo"] is None or elbo > state["best_elbo"]:
             state |= {"best_elbo": elbo, "best_epoch": epoch}
-            best = {name: value.clone() for name, value in model.state_dict().items()}
+            best = _copy(model)
         if checkpoint is not None:
             checkpoint.save(_pack(model, optimiser, best), state)
         if on_epoch is not None:
@@ -193,12 +203,5 @@ def fit(
     model.load_state_dict(best)
     model.eval()
     done = len(history)
-    return Trained(
-        model,
-        history,
-        Effort(
-            steps=done * steps_per_epoch,
-            forward=Counter({cell_set: done * len(cells), "stop": done * len(stop)}),
-            backward=Counter({cell_set: done * len(cells)}),
-        ),
-    )
+    forward, backward = {cell_set: done * len(cells), "stop": done * len(stop)}, {cell_set: done * len(cells)}
+    return Trained(model, history, Effort(done * steps_per_epoch, Counter(forward), Counter(backward)))

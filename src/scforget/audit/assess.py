@@ -98,19 +98,29 @@ def _statistics(
 
 
 def utility_table(population: Population, level: float) -> Record:
-    """Mean over models, Student-t interval and single values of every utility metric, by place."""
+    """Mean over models, Student-t interval and single values of every utility metric, by place.
+
+    A value that is missing or not finite is None, and a metric that no model has is left out.
+    """
     table: Record = {}
     for place in population.utility[0]:
         table[place] = {}
         for metric in sorted({metric for row in population.utility for metric in row[place]}):
-            per_seed = [row[place].get(metric) for row in population.utility]
+            found = [row[place].get(metric) for row in population.utility]
+            per_seed = [value if value is not None and np.isfinite(value) else None for value in found]
             known = np.array([value for value in per_seed if value is not None], dtype=np.float64)
-            table[place][metric] = {
-                "mean": float(known.mean()),
-                "interval": list(intervals.mean_interval(known, level)),
-                "per_seed": per_seed,
-            }
+            if known.size:
+                table[place][metric] = {
+                    "mean": float(known.mean()),
+                    "interval": list(intervals.mean_interval(known, level)),
+                    "per_seed": per_seed,
+                }
     return table
+
+
+def _complete(table: Record, metric: str) -> bool:
+    """Whether every model has a value of a metric; one that some lack cannot be compared."""
+    return metric in table and None not in table[metric]["per_seed"]
 
 
 def _utility(population: Population, target: Population, settings: AuditSettings) -> Record:
@@ -124,9 +134,10 @@ def _utility(population: Population, target: Population, settings: AuditSettings
             table["outside"][metric]["per_seed"], base[metric]["per_seed"], margin, settings.level
         )
         for metric, margin in margins.items()
-        if metric in table["outside"]
+        if _complete(table["outside"], metric) and _complete(base, metric)
     }
-    return {**table, "verdict": verdict.combined_utility(verdicts.values()), "verdicts": verdicts}
+    combined = verdict.combined_utility(verdicts.values()) if verdicts else "undetermined"
+    return {**table, "verdict": combined, "verdicts": verdicts}
 
 
 def _fixed_fpr(population: Population, groups: Groups, settings: AuditSettings) -> Record:
@@ -229,10 +240,12 @@ def _failure_modes(
     utility: Record, target: Population,
 ) -> list[str]:  # fmt: skip
     trace = primary["trace"]
+    # A KL that is missing becomes NaN, which is below nothing: no collapse is claimed.
+    retrain_kl = np.array([row["outside"].get("kl") for row in target.utility], dtype=np.float64)
     return verdict.failure_modes(
         decision,
-        kl=utility["outside"]["kl"]["mean"],
-        retrain_kl=float(np.mean([row["outside"]["kl"] for row in target.utility])),
+        kl=utility["outside"].get("kl", {}).get("mean", float("nan")),
+        retrain_kl=float(retrain_kl.mean()),
         distance_to_original=abs(trace.mean - of_original["trace"].mean),
         distance_to_retrain=abs(trace.difference),
     )
