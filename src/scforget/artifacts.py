@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from anndata import AnnData, read_h5ad
+from anndata.io import write_elem
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -158,16 +160,12 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def write_cells(path: Path, cells: AnnData) -> None:
-    """Write an AnnData as h5ad."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _errors(path, "write"):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cells.write_h5ad(temporary, compression="gzip")
-            temporary.replace(path)
-        finally:
-            if temporary.exists():
-                temporary.unlink()
+    """Write an AnnData as h5ad, by way of memory: on a full disk HDF5 crashes the process instead of raising."""
+    cells.strings_to_categoricals()
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        write_elem(file, "/", cells, dataset_kwargs={"compression": "gzip"})
+    write_bytes(path, buffer.getvalue())
 
 
 def read_cells(path: Path) -> AnnData:

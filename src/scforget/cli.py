@@ -6,7 +6,6 @@ Arguments choose *what* to run; *how much* is in ``params.yaml``. Heavy imports 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -151,7 +150,8 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", address]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)", file=sys.stderr)
-    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+    sys.stderr.flush()
+    os.execve(command[0], command, environment)  # becomes the server: whatever ends this ends it
 
 
 @data.command("list")

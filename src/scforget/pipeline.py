@@ -103,7 +103,7 @@ def dvc_md5(path: Path) -> str:
     """
     if path.is_dir():
         found = (p for p in path.rglob("*") if p.is_file() and not _IGNORED.intersection(p.parts))
-        files = sorted(found, key=lambda p: p.relative_to(path).parts)
+        files = sorted(found, key=lambda p: p.relative_to(path).as_posix())
         listing = [{"md5": _md5(p.read_bytes()), "relpath": p.relative_to(path).as_posix()} for p in files]
         return _md5(json.dumps(listing, sort_keys=True).encode()) + ".dir"
     if not path.exists():

@@ -55,9 +55,9 @@ def audit_metrics(record: Record) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for attack, by_control in record["attacks"].items():
         for control, row in by_control.items():
-            middle = "" if control == "same_group" else f"{control}/"
+            place = "audit" if control == "same_group" else f"other_controls/{control}"
             keys = ("auc", "signed", "advantage", "distance_to_retrain")
-            metrics |= _numbers({key: row.get(key) for key in keys}, f"audit/{middle}{attack}/")
+            metrics |= _numbers({key: row.get(key) for key in keys}, f"{place}/{attack}/")
     for statistic, row in (record.get("primary") or {}).items():
         shown = ("mean", "target_mean", "difference", "p_tost", "power", "noise_floor")
         metrics |= _numbers({key: row.get(key) for key in shown}, f"audit/{statistic}/")
@@ -98,7 +98,8 @@ def _audited(item: Item, inputs: Inputs, method: str, record: Record, artifacts:
         for index, seed in enumerate(record["seeds"])
     )  # fmt: skip
     return Run(
-        f"{method} {scenario} audit", fingerprint, {**common, **verdict, "kind": "comparison"}, _params(inputs),
+        f"{method} {scenario} audit", fingerprint, {**common, **verdict, "kind": "comparison"},
+        {"method": method, "scenario": scenario, **_params(inputs)},  # axes of the parallel-coordinates chart
         audit_metrics(record), artifacts=artifacts, dataset=_dataset(inputs, "audit"), children=children,
     )  # fmt: skip
 

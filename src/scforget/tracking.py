@@ -89,6 +89,13 @@ def git_tags(root: Path) -> dict[str, str]:
         return {}
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return "unknown"
+
+
 @contextmanager
 def _explained(address: str) -> Iterator[None]:
     """Whatever MLflow or its database raises becomes one line; it has dozens of kinds, none of them our bug."""
@@ -137,7 +144,7 @@ class Store:
                 self._experiment: str = (
                     found.experiment_id if found else self._client.create_experiment(EXPERIMENT, location, tags=_KIND)
                 )
-        self._common = {**git_tags(root), "mlflow.source.name": "scforget", "mlflow.user": getpass.getuser()}
+        self._common = {**git_tags(root), "mlflow.source.name": "scforget", "mlflow.user": _user()}
         for tag, variable in (("dvc.stage", "DVC_STAGE"), ("dvc.exp", "DVC_EXP_NAME")):
             if os.environ.get(variable):
                 self._common[tag] = os.environ[variable]
@@ -162,7 +169,9 @@ class Store:
                 if found.info.status == "FINISHED":
                     finished = True
                 else:  # cut off half-way: start again
-                    self._client.delete_run(found.info.run_id)
+                    nested = f"tags.`mlflow.parentRunId` = '{found.info.run_id}'"
+                    for cut_off in [*self._client.search_runs([self._experiment], nested), found]:
+                        self._client.delete_run(cut_off.info.run_id)
             if not finished:
                 self._create(run, source, None)
             return not finished
