@@ -6,7 +6,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
 
-.PHONY: help repro test lint ui bench clean
+.PHONY: help repro test ui clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -29,8 +29,8 @@ repro: $(BIN)/.installed data/pbmc68k ## run the whole pipeline and print the re
 	@scforget show
 
 test: $(BIN)/.installed-dev ## lint, types, layers, tests
-	ruff check src tests bench
-	ruff format --check src tests bench
+	ruff check src tests
+	ruff format --check src tests
 	mypy
 	lint-imports
 	pytest --numprocesses 2

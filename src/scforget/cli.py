@@ -110,7 +110,9 @@ def track() -> None:
     """Create in MLflow every run that it lacks, from results on disk (after a restore from DVC's cache, say)."""
     from scforget import closing
 
-    created, known = closing.track()
+    created, known, astray = closing.track()
+    for name, path in astray.items():
+        print(f"track: {name} left out: {path} is not as dvc.lock records it; run `dvc repro`", file=sys.stderr)
     print(f"track: {created} runs created, {known} known already", file=sys.stderr)
 
 
@@ -181,6 +183,17 @@ def add(
     from scforget import datasets
 
     datasets.add(Path.cwd(), path, name, layer)
+
+
+@data.command()
+def simulate(
+    preset: Annotated[str, typer.Argument(help="paper_shape (33,088 x 2,000, 14 clusters) or tiny (240 x 60).")],
+    name: Annotated[str, typer.Option(help="Name of the data set in params.yaml.")],
+) -> None:
+    """Simulate negative-binomial cells with planted clusters and donors into data/NAME, and put it under DVC."""
+    from scforget import datasets
+
+    datasets.simulate(Path.cwd(), preset, name)
 
 
 @data.command()

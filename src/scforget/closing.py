@@ -97,8 +97,15 @@ def report() -> None:
     artifacts.write_bytes(workspace.report / "report.html", html.encode())
 
 
-def track() -> tuple[int, int]:
-    """Log every finished stage item that MLflow lacks; return how many runs were created and how many were there.
+def track() -> tuple[int, int, dict[str, str]]:
+    """Log every finished stage item that MLflow lacks.
+
+    Returns
+    -------
+    created, known
+        Runs that were created, and that were there.
+    astray
+        Items left out because a file is not the one that ``dvc.lock`` records, with that file.
 
     Raises
     ------
@@ -106,15 +113,18 @@ def track() -> tuple[int, int]:
         If the store does not answer.
     """
     root = Path.cwd()
-    workspace, store = Workspace(root), Store(root)
+    workspace, store, pipeline = Workspace(root), Store(root), Pipeline(root)
     created = known = 0
-    for inputs in Pipeline(root).recorded().values():
+    astray = pipeline.astray()
+    for item, inputs in pipeline.recorded().items():
+        if item in astray:
+            continue
         for run in replay.runs(workspace, inputs):
             if store.log(run, "restored"):
                 created += 1
             else:
                 known += 1
-    return created, known
+    return created, known, {item.name: path for item, path in astray.items()}
 
 
 def show() -> None:

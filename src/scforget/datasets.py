@@ -6,11 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from scforget import artifacts, config, schema
-from scforget.data import public, sources
+from scforget import artifacts, config, schema, seeding
+from scforget.data import public, sources, synthetic
 from scforget.errors import ArtifactError, ConfigError, DataError
+from scforget.pipeline import dvc_md5
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 
 def fetch(root: Path, name: str) -> None:
@@ -27,17 +33,58 @@ def fetch(root: Path, name: str) -> None:
     print(f"next: scforget data add downloads/{name} --name {name}", file=sys.stderr)
 
 
-def _place(root: Path, path: Path, target: Path) -> None:
-    """Copy one set to its place; several matrices of a public set are joined into one h5ad."""
-    downloads = root / "downloads"
-    if path.resolve().parent == downloads.resolve() and path.name in public.PUBLIC:
-        found = public.fetch(path.name, downloads, sha256=None)  # on disk already: only says where its parts are
-        artifacts.write_cells(target / f"{path.name}.h5ad", sources.join(found.paths))
-    elif path.is_dir():
-        shutil.copytree(path, target)
-    else:
-        target.mkdir(parents=True)
-        shutil.copyfile(path, target / path.name)
+def _is_download(root: Path, path: Path) -> bool:
+    """Whether this is the folder of a public set that ``fetch`` made."""
+    return path.resolve().parent == (root / "downloads").resolve() and path.name in public.PUBLIC
+
+
+def _joined_download(root: Path, name: str) -> AnnData:
+    """One matrix of a public set's parts, checked against the hash recorded in params.yaml."""
+    recorded = schema.load(root / "params.yaml").downloads.get(name)
+    return sources.join(public.fetch(name, root / "downloads", sha256=recorded).paths)
+
+
+def _check_data(root: Path) -> None:
+    """Refuse to touch ``data/`` unless it is what ``data.dvc`` records: `dvc add` would forget what is missing."""
+    if not (root / "data.dvc").exists():
+        return
+    recorded = config.read_yaml(root / "data.dvc")["outs"][0]["md5"]
+    if not (root / "data").exists() or dvc_md5(root / "data") != recorded:
+        why = "is not as data.dvc records it; `dvc pull -r bundled data.dvc`, or `dvc add data` if you changed it"
+        raise ArtifactError(root / "data", why)
+
+
+def _free_place(root: Path, name: str) -> Path:
+    """``data/NAME``, if the name is one and nothing is there."""
+    if not re.fullmatch(schema.NAME, name):
+        raise ConfigError(root / "params.yaml", f"datasets.{name}", "a name has letters, digits and '_' only")
+    target = root / "data" / name
+    if target.exists():
+        raise ConfigError(target, "", "exists already; choose another --name or delete it first")
+    _check_data(root)
+    return target
+
+
+def _keep(root: Path, target: Path, write: Callable[[Path], None]) -> None:
+    """Write a set to its place, whole or not at all, and put ``data/`` under DVC."""
+    name = target.name
+    temporary = target.with_name(f".{name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write(temporary)
+        temporary.rename(target)
+    except OSError as error:
+        raise ArtifactError(target, f"cannot write: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "add", "-q", "data"], cwd=root, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["dvc add failed"])[-1]
+        raise ArtifactError("data.dvc", f"written to data/{name}, but `dvc add data` failed: {why}")
+    print(f"data/{name} is there; `dvc add data` done: commit data.dvc to record it", file=sys.stderr)
+    print(f"next: describe it under datasets.{name} in params.yaml (profiles/ has an example)", file=sys.stderr)
 
 
 def add(root: Path, path: Path, name: str, layer: str | None) -> None:
@@ -50,32 +97,30 @@ def add(root: Path, path: Path, name: str, layer: str | None) -> None:
     ConfigError
         If the name is not one, or taken.
     ArtifactError
-        If the disk or DVC refuses; nothing half-copied is left.
+        If the disk or DVC refuses, or ``data/`` is not what ``data.dvc`` records; nothing half-copied is left.
     """
-    if not re.fullmatch(schema.NAME, name):
-        raise ConfigError(root / "params.yaml", f"datasets.{name}", "a name has letters, digits and '_' only")
-    target = root / "data" / name
-    if target.exists():
-        raise ConfigError(target, "", "exists already; choose another --name or delete it first")
-    if not (path.is_dir() and path.name in public.PUBLIC):
-        sources.read(path, layer=layer)
-    temporary = root / "data" / f".{name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _place(root, path, temporary)
-        temporary.rename(target)
-    except OSError as error:
-        raise ArtifactError(target, f"cannot copy {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "add", "-q", "data"], cwd=root, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["dvc add failed"])[-1]
-        raise ArtifactError("data.dvc", f"copied to data/{name}, but `dvc add data` failed: {why}")
-    print(f"copied to data/{name}; `dvc add data` done: commit data.dvc to record it", file=sys.stderr)
-    print(
-        f"next: give it a section datasets.{name} in params.yaml, or run `scforget profile {name}` if there is one",
-        file=sys.stderr,
-    )
+    target = _free_place(root, name)
+    if _is_download(root, path):
+        cells = _joined_download(root, path.name)
+        _keep(root, target, lambda folder: artifacts.write_cells(folder / f"{name}.h5ad", cells))
+        return
+    sources.read(path, layer=layer)
+
+    def copy(folder: Path) -> None:
+        if path.is_dir():
+            shutil.copytree(path, folder)
+        else:
+            folder.mkdir(parents=True)
+            shutil.copyfile(path, folder / path.name)
+
+    _keep(root, target, copy)
+
+
+def simulate(root: Path, preset: str, name: str) -> None:
+    """Write a simulated set to ``data/NAME``, drawn with the seed of params.yaml, and put ``data/`` under DVC."""
+    if preset not in synthetic.PRESETS:
+        raise DataError("preset", repr(preset), f"one of {', '.join(sorted(synthetic.PRESETS))}")
+    target = _free_place(root, name)
+    seed = seeding.derive(schema.load(root / "params.yaml").seed, "simulate", preset)
+    cells = synthetic.simulate(synthetic.PRESETS[preset], seed=seed)
+    _keep(root, target, lambda folder: artifacts.write_cells(folder / f"{name}.h5ad", cells))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, TypeVar
 
+from scforget.errors import ConfigError
+
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -19,7 +21,10 @@ _function: Callable[[Any], Any]
 def workers(jobs: int) -> int:
     """How many processes to use: the cores this process may run on, or ``SCFORGET_WORKERS``, at most one a job."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(int(os.environ.get("SCFORGET_WORKERS", cores)), jobs))
+    asked = os.environ.get("SCFORGET_WORKERS", str(cores))
+    if not asked.isdecimal() or int(asked) < 1:
+        raise ConfigError("environment", "SCFORGET_WORKERS", f"found {asked!r}; wanted a whole number from 1")
+    return max(1, min(int(asked), jobs))
 
 
 def _die_with_parent() -> None:

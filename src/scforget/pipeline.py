@@ -154,13 +154,29 @@ class Pipeline:
         params = {key: _lookup(self.params, key, self._params_path) for key in self.param_keys(item)}
         return Inputs(item, {dep: dvc_md5(self._root / dep) for dep in deps}, params)
 
-    def recorded(self) -> dict[Item, Inputs]:
-        """What each finished item depended on when it ran, as ``dvc.lock`` has it; empty before the first run."""
+    def _entries(self) -> dict[Item, dict[str, Any]]:
         lock_path = self._root / "dvc.lock"
         lock = _stages(lock_path) if lock_path.exists() else {}
+        return {item: lock[item.name] for item in self.items() if item.name in lock}
+
+    def recorded(self) -> dict[Item, Inputs]:
+        """What each finished item depended on when it ran, as ``dvc.lock`` has it; empty before the first run."""
+        return {
+            item: Inputs(
+                item,
+                {dep["path"]: dep["md5"] for dep in entry.get("deps", [])},
+                dict(entry.get("params", {}).get("params.yaml", {})),
+            )
+            for item, entry in self._entries().items()
+        }
+
+    def astray(self) -> dict[Item, str]:
+        """Small outs that are not as ``dvc.lock`` has them (not pulled, cut off, made by hand), one for each item."""
         found = {}
-        for item in self.items():
-            if (entry := lock.get(item.name)) is not None:
-                deps = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
-                found[item] = Inputs(item, deps, dict(entry.get("params", {}).get("params.yaml", {})))
+        for item, entry in self._entries().items():
+            for out in entry.get("outs", []):
+                path = self._root / out["path"]
+                small = out["path"].startswith(("results/", "report/"))
+                if small and (not path.exists() or dvc_md5(path) != out["md5"]):
+                    found[item] = str(out["path"])
         return found

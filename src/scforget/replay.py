@@ -26,7 +26,8 @@ _POPULATIONS = ("train", "retrain", "unlearn")
 def tags(item: Item, **more: object) -> dict[str, str]:
     """Tags that say what a run is of."""
     axes = dict(zip(("dataset", "scenario", "method"), item.keys, strict=False))
-    return {key: str(value) for key, value in {"stage": item.stage, **axes, **more}.items()}
+    named = {"stage": item.stage, "dvc.stage": item.name, **axes, **more}
+    return {key: str(value) for key, value in named.items()}
 
 
 def _params(inputs: Inputs) -> dict[str, object]:

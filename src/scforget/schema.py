@@ -10,7 +10,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from scforget import config
 from scforget.audit import AuditSettings
 from scforget.data.prepare import PrepareSettings
-from scforget.data.splits import Fractions, ScenarioSettings
+from scforget.data.splits import ScenarioSettings, SplitSettings
 from scforget.methods import METHODS
 from scforget.models.vae import VAESettings
 from scforget.settings import Settings
@@ -37,25 +37,6 @@ class PipelineSettings(Settings):
         return names
 
 
-class SplitSettings(Settings):
-    """How cells are dealt, and which genes the model sees.
-
-    Attributes
-    ----------
-    genes_from
-        Cells on which informative genes are chosen: ``all``, ``train``, ``retain`` (training cells that no scenario
-        forgets), ``unseen``; or the path of a text file with one gene a line.
-    markers
-        Genes of the marker correlation; if empty, the top ``markers_per_label`` Wilcoxon markers of each label.
-    """
-
-    fractions: Fractions
-    genes_from: str
-    n_genes: Annotated[int, Field(gt=0)]
-    markers: list[str]
-    markers_per_label: Annotated[int, Field(gt=0)]
-
-
 class DatasetSettings(Settings):
     """Everything that belongs to one data set."""
 
@@ -79,6 +60,12 @@ class Population(Settings):
         return seeds
 
 
+class Target(Population):
+    """The retrains: each is measured against the others, and two others are the fewest that have a spread."""
+
+    seeds: Annotated[list[int], Field(min_length=3)]
+
+
 _unlearn_fields: dict[str, Any] = {name: (method.settings, ...) for name, method in METHODS.items()}
 UnlearnSettings = create_model("UnlearnSettings", __base__=Settings, **_unlearn_fields)
 
@@ -91,7 +78,7 @@ class Params(Settings):
     downloads: dict[Name, str | None]
     datasets: dict[Name, DatasetSettings]
     train: Population
-    retrain: Population
+    retrain: Target
     unlearn: UnlearnSettings
     audit: AuditSettings
 

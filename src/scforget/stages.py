@@ -16,16 +16,17 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from anndata import AnnData
 
-from scforget import artifacts, parallel, replay, schema, scoring, seeding
+from scforget import artifacts, loading, parallel, replay, schema, scoring, seeding
 from scforget.artifacts import FileCheckpoint, Workspace
 from scforget.audit import assess
+from scforget.data import genes, sources, splits
 from scforget.data import prepare as preparing
-from scforget.data import sources, splits
 from scforget.data.splits import ForgetSets
 from scforget.errors import AllDivergedError, ConfigError, NonFiniteError, TrackingError
 from scforget.methods import METHODS
-from scforget.pipeline import Inputs, Item, Pipeline
+from scforget.pipeline import Inputs, Item, Pipeline, dvc_md5
 from scforget.progress import Progress
 from scforget.results import Record
 from scforget.tasks import VaeTask
@@ -97,6 +98,23 @@ def prepare(dataset: str) -> None:
     _track(context)
 
 
+def _choose_genes(
+    context: Context, cells: AnnData, sets: splits.CellSets, scenarios: Sequence[splits.Scenario]
+) -> dict[str, list[str]]:
+    """Choose the modelled genes as ``genes_from`` says, and the markers among them."""
+    dataset = context.item.keys[0]
+    settings = context.params.datasets[dataset].split
+    source = settings.genes_from
+    if source in splits.GENE_SOURCES:
+        chosen_on = splits.gene_cells(source, sets, scenarios)
+        chosen = genes.select_genes(cells, chosen_on, settings.n_genes)
+    else:
+        listed = artifacts.read_bytes(context.workspace.raw(dataset) / source).decode().split()
+        chosen = genes.listed_genes(cells, listed, source)
+    marking = genes.choose_markers(cells, chosen, settings.markers, settings.markers_per_label)
+    return {"genes": chosen, "markers": marking}
+
+
 def split(dataset: str) -> None:
     """Deal the cells into sets, draw every scenario, choose genes and markers."""
     context = _open("split", dataset)
@@ -104,18 +122,27 @@ def split(dataset: str) -> None:
     cells = artifacts.read_cells(context.workspace.work("prepare", dataset) / "cells.h5ad")
     sets = splits.split_cells(cells.n_obs, settings.split.fractions, seeding.numpy_generator(context.seed("cells")))
     scenarios = {
-        name: splits.draw_scenario(cells.obs, sets, scenario, seeding.numpy_generator(context.seed("scenario", name)))
+        name: splits.draw_scenario(
+            cells.obs, sets, scenario, seeding.numpy_generator(context.seed("scenario", name)),
+            context.params.audit.min_controls,
+        )
         for name, scenario in settings.scenarios.items()
-    }
-    genes = scoring.choose_genes(cells, sets, scenarios.values(), settings.split, context.workspace.root)
+    }  # fmt: skip
+    chosen = _choose_genes(context, cells, sets, list(scenarios.values()))
     artifacts.write_arrays(context.work / "sets.npz", vars(sets))
     for name, scenario in scenarios.items():
-        artifacts.write_arrays(context.work / f"{name}.npz", {**vars(scenario.sets), "group": scenario.group})
-    artifacts.write_json(context.work / "genes.json", genes)
-    counts = {name: {key: len(value) for key, value in vars(s.sets).items()} for name, s in scenarios.items()}
+        artifacts.write_arrays(
+            context.work / f"{name}.npz",
+            {**vars(scenario.sets), "group": scenario.group, "controls": scenario.controls},
+        )
+    artifacts.write_json(context.work / "genes.json", chosen)
+    counts = {
+        name: {**{key: len(value) for key, value in vars(s.sets).items()}, "controls": len(s.controls)}
+        for name, s in scenarios.items()
+    }
     sizes = {name: len(members) for name, members in vars(sets).items()}
     artifacts.write_json(
-        context.results / "result.json", {"sets": sizes, "scenarios": counts, "genes": len(genes["genes"])}
+        context.results / "result.json", {"sets": sizes, "scenarios": counts, "genes": len(chosen["genes"])}
     )
     _track(context)
 
@@ -136,6 +163,13 @@ def _training_summary(trained: Trained) -> Record:
     if best is not None:
         found |= {"best_epoch": int(best["epoch"]), "stop_elbo": best["stop_elbo"]}
     return found
+
+
+def _is_finished(record_path: Path, model_path: Path) -> bool:
+    """Whether a finished model lies here undamaged; a damaged one is made again."""
+    if not (record_path.exists() and model_path.exists()):
+        return False
+    return bool(artifacts.read_json(record_path).get("md5") == dvc_md5(model_path))
 
 
 @dataclass(frozen=True)
@@ -170,15 +204,16 @@ class Population:
     def make(self, seed: int) -> tuple[Path, Record | str]:
         """Make one model in ``work/.resume``, or find it there; a diverged one is the reason in words."""
         folder = self.context.workspace.resume(self.fingerprint(seed))
-        record_path = folder / "record.json"
-        if not record_path.exists():
+        record_path, model_path = folder / "record.json", folder / "model.safetensors"
+        if not _is_finished(record_path, model_path):
             checkpoint = FileCheckpoint(folder)
             try:
                 trained = self.build(seed, checkpoint)
             except NonFiniteError as error:
                 return folder, str(error)
-            artifacts.write_tensors(folder / "model.safetensors", trained.model.state_dict())
+            artifacts.write_tensors(model_path, trained.model.state_dict())
             record = {
+                "md5": dvc_md5(model_path),
                 "history": trained.history,
                 "metrics": self.describe(seed, trained),
                 "cost": {"seconds": checkpoint.seconds, "peak_memory_mb": _peak_memory_mb()},
@@ -200,18 +235,18 @@ class Unlearned(Population):
 
     def fingerprint(self, seed: int) -> str:
         """Identity of one model: of all originals, only its own matters."""
-        original = scoring.own_original(self.context.workspace, self.context.item.keys[0], seed)
+        original = loading.own_original(self.context.workspace, self.context.item.keys[0], seed)
         return self.context.inputs.model_fingerprint(seed, original)
 
     def build(self, seed: int, checkpoint: FileCheckpoint) -> Trained:
         """Unlearn from one original."""
-        original = scoring.load_model(self.task, self._originals / f"{seed}.safetensors")
+        original = loading.load_model(self.task, self._originals / f"{seed}.safetensors")
         settings, own = getattr(self.context.params.unlearn, self.method), self.context.seed(seed)
         return METHODS[self.method].run(original, self.task, self.sets, settings, seed=own, checkpoint=checkpoint)
 
     def describe(self, seed: int, trained: Trained) -> Record:
         """Add how far the parameters moved."""
-        moved = scoring.relative_change(self.task, self._originals / f"{seed}.safetensors", trained.model)
+        moved = loading.relative_change(self.task, self._originals / f"{seed}.safetensors", trained.model)
         return {**_training_summary(trained), "relative_change": moved}
 
 
@@ -244,8 +279,8 @@ def _make_population(population: Population, seeds: Sequence[int]) -> None:
 def train(dataset: str) -> None:
     """Train the originals on every training cell."""
     context = _open("train", dataset)
-    task = scoring.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
-    sets = scoring.load_sets(context.workspace, dataset)
+    task = loading.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
+    sets = loading.load_sets(context.workspace, dataset)
     nothing_forgotten = ForgetSets(sets.train[:0], sets.train, sets.stop, sets.aside)
     _make_population(Population(context, task, nothing_forgotten, "train"), context.params.train.seeds)
 
@@ -253,16 +288,16 @@ def train(dataset: str) -> None:
 def retrain(dataset: str, scenario: str) -> None:
     """Train the target population on the retained cells, by the same recipe with new seeds."""
     context = _open("retrain", dataset, scenario)
-    task = scoring.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
-    sets = scoring.load_scenario(context.workspace, dataset, scenario).sets
+    task = loading.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
+    sets = loading.load_scenario(context.workspace, dataset, scenario).sets
     _make_population(Population(context, task, sets, "retain"), context.params.retrain.seeds)
 
 
 def unlearn(dataset: str, scenario: str, method: str) -> None:
     """Unlearn the forget set from each original once."""
     context = _open("unlearn", dataset, scenario, method)
-    task = scoring.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
-    sets = scoring.load_scenario(context.workspace, dataset, scenario).sets
+    task = loading.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
+    sets = loading.load_scenario(context.workspace, dataset, scenario).sets
     made = artifacts.read_json(context.workspace.results("train", dataset) / "result.json")
     seeds = [int(seed) for seed in made["seeds"]]
     _make_population(Unlearned(context, task, sets, "retain", method), sorted(seeds))

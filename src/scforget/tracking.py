@@ -73,8 +73,15 @@ def home(root: Path) -> Path:
 
 
 def uri(root: Path) -> str:
-    """Address of the store: ``MLFLOW_TRACKING_URI`` if set, else SQLite under ``mlruns/``."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home(root)}/mlruns/mlflow.db"
+    """Address of the store: ``MLFLOW_TRACKING_URI`` if set, else SQLite under ``mlruns/``.
+
+    A relative SQLite path is meant from the project's folder: from a temporary copy of it the runs would be lost.
+    """
+    address = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlruns/mlflow.db"
+    path = address.removeprefix("sqlite:///")
+    if path == address or path.startswith("/"):
+        return address
+    return f"sqlite:///{home(root)}/{path}"
 
 
 def git_tags(root: Path) -> dict[str, str]:
@@ -133,21 +140,25 @@ class Store:
 
         self._root, self.uri = root, uri(root)
         local = self.uri.startswith("sqlite")
+        # Two processes that create the schema at once destroy each other's migration, and two that find a run missing
+        # would both create it.
+        self._lock = FileLock(home(root) / "mlruns" / ".lock", timeout=120) if local else nullcontext()
+        location = str(home(root) / "mlruns" / "artifacts") if local else None
         with _explained(self.uri):
             if local:
                 (home(root) / "mlruns").mkdir(exist_ok=True)
-            # Two processes that create the schema at once destroy each other's migration.
-            with FileLock(home(root) / "mlruns" / ".lock", timeout=60) if local else nullcontext():
-                self._client: MlflowClient = MlflowClient(self.uri)
-                found = self._client.get_experiment_by_name(EXPERIMENT)
-                location = str(home(root) / "mlruns" / "artifacts") if local else None
-                self._experiment: str = (
-                    found.experiment_id if found else self._client.create_experiment(EXPERIMENT, location, tags=_KIND)
-                )
+        with _explained(self.uri), self._lock:
+            self._client: MlflowClient = MlflowClient(self.uri)
+            found = self._client.get_experiment_by_name(EXPERIMENT)
+            self._experiment: str = (
+                found.experiment_id if found else self._client.create_experiment(EXPERIMENT, location, tags=_KIND)
+            )
+        if found and local and found.artifact_location.removeprefix("file://") != location:
+            why = f"was made for artifacts in {found.artifact_location}; the project moved: delete mlruns/mlflow.db"
+            raise TrackingError(self.uri, why)
         self._common = {**git_tags(root), "mlflow.source.name": "scforget", "mlflow.user": _user()}
-        for tag, variable in (("dvc.stage", "DVC_STAGE"), ("dvc.exp", "DVC_EXP_NAME")):
-            if os.environ.get(variable):
-                self._common[tag] = os.environ[variable]
+        if os.environ.get("DVC_EXP_NAME"):
+            self._common["dvc.exp"] = os.environ["DVC_EXP_NAME"]
 
     def log(self, run: Run, source: str) -> bool:
         """Find the run by its fingerprint, or create it with everything nested in it.
@@ -162,7 +173,7 @@ class Store:
         bool
             Whether it was created.
         """
-        with _explained(self.uri):
+        with _explained(self.uri), self._lock:
             condition = f"tags.fingerprint = '{run.fingerprint}'"
             finished = False
             for found in self._client.search_runs([self._experiment], condition):

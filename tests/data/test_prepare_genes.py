@@ -9,8 +9,9 @@ from anndata import AnnData
 from scipy import sparse, stats
 from sklearn.metrics import adjusted_rand_score
 
-from scforget.data import prepare as room
-from scforget.data.prepare import LeidenSettings, leiden, markers, select_genes
+from scforget.data import genes as room
+from scforget.data.genes import choose_markers, listed_genes, markers, select_genes
+from scforget.data.prepare import LeidenSettings, leiden
 from scforget.data.synthetic import PRESETS, SyntheticSettings, simulate
 from scforget.errors import DataError, EmptyGroupError
 
@@ -195,3 +196,29 @@ def test_markers_refuse_unknown_genes_and_wrong_lengths(tiny):
         markers(tiny, ["a"] * 240, ["nope"], 1)
     with pytest.raises(DataError, match="3 labels"):
         markers(tiny, ["a", "b", "c"], list(tiny.var_names), 1)
+
+
+def test_listed_genes_keeps_the_order_of_the_file_and_refuses_strangers() -> None:
+    cells = simulate(PRESETS["tiny"], seed=1)
+    names = [str(name) for name in cells.var_names[:5]]
+    assert listed_genes(cells, names[::-1], "list.txt") == names
+    with pytest.raises(DataError, match=r"gene list list\.txt: found 1 of 2 genes not in the data \(nosuch\)"):
+        listed_genes(cells, [names[0], "nosuch"], "list.txt")
+    with pytest.raises(DataError, match="0 of 0 genes"):
+        listed_genes(cells, [], "list.txt")
+
+
+def test_choose_markers_takes_the_named_ones_that_are_modelled() -> None:
+    cells = simulate(PRESETS["tiny"], seed=1)
+    names = [str(name) for name in cells.var_names[:5]]
+    assert choose_markers(cells, names, [names[3], "absent", names[1]], 2) == [names[1], names[3]]
+    with pytest.raises(DataError, match="none of the named markers"):
+        choose_markers(cells, names, ["absent"], 2)
+
+
+def test_choose_markers_falls_back_on_the_top_markers_of_each_label() -> None:
+    cells = simulate(PRESETS["tiny"], seed=1)
+    cells.obs["label"] = cells.obs["cluster"].astype(str)
+    names = [str(name) for name in cells.var_names]
+    top = markers(cells, cells.obs["label"].tolist(), names, 2)
+    assert set(choose_markers(cells, names, [], 2)) == {gene for found in top.values() for gene in found}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from pydantic import Field, model_validator
 
 from scforget.arrays import BoolArray, IntArray
 from scforget.errors import DataError, EmptyGroupError
 from scforget.settings import Settings
+
+#: Values of ``genes_from`` that name cells; any other names a file.
+GENE_SOURCES = ("all", "train", "retain", "unseen")
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -62,7 +67,10 @@ class DonorScenario(Settings):
 
 
 class QueryScenario(Settings):
-    """Forget the training cells that a pandas query on obs selects, e.g. ``"label == 'B' and n_genes > 900"``."""
+    """Forget the training cells that a pandas query on obs selects.
+
+    For example ``"label == 'B' and n_genes > 900"``, or a list of barcodes: ``"index in ['AAAC-1', 'AAAG-1']"``.
+    """
 
     kind: Literal["query"]
     query: str
@@ -102,10 +110,21 @@ class ForgetSets:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A forget request: its cells, and ``group [N]``, which prepared cells are of the forgotten kind."""
+    """A forget request.
+
+    Attributes
+    ----------
+    sets
+        What a method may see of it.
+    group : ``[N]`` bool
+        Which prepared cells are of the forgotten kind.
+    controls
+        The ``same_group`` controls: unseen cells that had the same chance to be forgotten cells.
+    """
 
     sets: ForgetSets
     group: BoolArray
+    controls: IntArray
 
 
 def split_cells(n_cells: int, fractions: Fractions, rng: np.random.Generator) -> CellSets:
@@ -122,6 +141,25 @@ def split_cells(n_cells: int, fractions: Fractions, rng: np.random.Generator) ->
         if not len(part):
             raise EmptyGroupError(f"split of {n_cells} cells", f"no cell for {name!r}", "more cells, or a larger share")
     return CellSets(*(np.sort(part).astype(np.int64) for part in parts))
+
+
+class SplitSettings(Settings):
+    """How cells are dealt, and which genes the model sees.
+
+    Attributes
+    ----------
+    genes_from
+        Cells on which informative genes are chosen: ``all``, ``train``, ``retain`` (training cells that no scenario
+        forgets), ``unseen``; or the name of a text file beside the data, one gene a line.
+    markers
+        Genes of the marker correlation; if empty, the top ``markers_per_label`` Wilcoxon markers of each label.
+    """
+
+    fractions: Fractions
+    genes_from: str
+    n_genes: Annotated[int, Field(gt=0)]
+    markers: list[str]
+    markers_per_label: Annotated[int, Field(gt=0)]
 
 
 def _group(obs: pd.DataFrame, settings: ScenarioSettings) -> BoolArray:
@@ -149,15 +187,30 @@ def _selected(candidates: IntArray, settings: ScenarioSettings, rng: np.random.G
     if isinstance(settings, ScatteredScenario):
         wanted = settings.cells
     elif isinstance(settings, SubsetScenario):
-        wanted = round(settings.fraction * len(candidates))
+        wanted = max(1, round(settings.fraction * len(candidates)))
     else:
         return candidates
-    if wanted > len(candidates):
+    if candidates.size and wanted > len(candidates):
         raise EmptyGroupError(f"scenario kind {settings.kind!r}", f"{len(candidates)} training cells", f"{wanted}")
     return np.sort(rng.choice(candidates, size=wanted, replace=False))
 
 
-def draw_scenario(obs: pd.DataFrame, sets: CellSets, settings: ScenarioSettings, rng: np.random.Generator) -> Scenario:
+def _controls(
+    labels: npt.NDArray[np.object_], forget: IntArray, unseen: IntArray, group: BoolArray, rng: np.random.Generator
+) -> IntArray:
+    """Unseen cells of the group; if it has none (a list of training cells), of the same labels in the same shares."""
+    if group[unseen].any():
+        return unseen[group[unseen]]
+    kinds, wanted = np.unique(labels[forget], return_counts=True)
+    pools = [unseen[labels[unseen] == kind] for kind in kinds]
+    times = min(len(pool) / n for pool, n in zip(pools, wanted, strict=True))
+    drawn = [rng.choice(pool, size=int(times * n), replace=False) for pool, n in zip(pools, wanted, strict=True)]
+    return np.sort(np.concatenate(drawn)).astype(np.int64)
+
+
+def draw_scenario(
+    obs: pd.DataFrame, sets: CellSets, settings: ScenarioSettings, rng: np.random.Generator, min_controls: int
+) -> Scenario:
     """Turn a forget request into cell sets.
 
     Parameters
@@ -168,12 +221,14 @@ def draw_scenario(obs: pd.DataFrame, sets: CellSets, settings: ScenarioSettings,
         From :func:`split_cells`.
     rng
         Chooses the cells of ``subset`` and ``scattered``.
+    min_controls
+        The fewest ``same_group`` controls that a verdict can rest on.
 
     Raises
     ------
     EmptyGroupError
-        If the request selects no training cell, every training cell, leaves no ``stop`` cell, or no ``unseen`` cell
-        of the same kind is left to compare with.
+        If the request selects no training cell, every training cell, leaves no ``stop`` cell, or too few ``unseen``
+        cells of the same kind to compare with.
     DataError
         If the query or the column cannot be used.
     """
@@ -187,10 +242,25 @@ def draw_scenario(obs: pd.DataFrame, sets: CellSets, settings: ScenarioSettings,
     retain = np.setdiff1d(sets.train, forget)
     if not len(retain):
         raise EmptyGroupError(what, "a request that selects every training cell", "some to retain; delete the model")
-    if not group[sets.unseen].any():
-        raise EmptyGroupError(what, "no unseen cell of the same kind", "controls: a larger unseen share")
+    controls = _controls(obs["label"].astype(str).to_numpy(dtype=object), forget, sets.unseen, group, rng)
+    if len(controls) < min_controls:
+        wanted = f"at least audit.min_controls = {min_controls} to compare with; a larger unseen share"
+        raise EmptyGroupError(what, f"{len(controls)} unseen cells of the same kind", wanted)
     whole = not isinstance(settings, ScatteredScenario | SubsetScenario)
     stop = sets.stop[~group[sets.stop]] if whole else sets.stop
     if not len(stop):
         raise EmptyGroupError(what, "no stop cell outside the request", "a larger stop share")
-    return Scenario(ForgetSets(forget, retain, stop, sets.aside), group)
+    return Scenario(ForgetSets(forget, retain, stop, sets.aside), group, controls)
+
+
+def gene_cells(source: str, sets: CellSets, scenarios: Iterable[Scenario]) -> IntArray | None:
+    """Cells on which genes are chosen, by a name of :data:`GENE_SOURCES`; ``None`` stands for all.
+
+    ``retain`` is what no scenario forgets, so that one list serves the originals and every retrain.
+    """
+    if source == "all":
+        return None
+    if source == "retain":
+        forgotten = [scenario.sets.forget for scenario in scenarios]
+        return np.setdiff1d(sets.train, np.concatenate(forgotten))
+    return sets.train if source == "train" else sets.unseen

@@ -1,0 +1,78 @@
+"""Reads back what the early stages made: cells, splits, models; every model of the pipeline is fed through here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from anndata import AnnData
+from scipy import sparse
+
+from scforget import artifacts
+from scforget.artifacts import Workspace
+from scforget.data.splits import CellSets, ForgetSets, Scenario
+from scforget.errors import ArtifactError
+from scforget.models.vae import VAE, VAESettings
+from scforget.pipeline import dvc_md5
+from scforget.tasks import VaeTask
+
+
+def load_sets(workspace: Workspace, dataset: str) -> CellSets:
+    """Read the four cell sets."""
+    return CellSets(**artifacts.read_arrays(workspace.work("split", dataset) / "sets.npz"))
+
+
+def load_scenario(workspace: Workspace, dataset: str, scenario: str) -> Scenario:
+    """Read a scenario's cell sets."""
+    arrays = artifacts.read_arrays(workspace.work("split", dataset) / f"{scenario}.npz")
+    group, controls = arrays.pop("group"), arrays.pop("controls")
+    return Scenario(ForgetSets(**arrays), group, controls)
+
+
+def load_cells(workspace: Workspace, dataset: str) -> tuple[AnnData, list[str], list[str]]:
+    """Read the prepared cells, the names of the modelled genes, and those of the markers among them."""
+    cells = artifacts.read_cells(workspace.work("prepare", dataset) / "cells.h5ad")
+    genes = artifacts.read_json(workspace.work("split", dataset) / "genes.json")
+    return cells, genes["genes"], genes["markers"]
+
+
+def make_task(cells: AnnData, genes: list[str], settings: VAESettings) -> VaeTask:
+    """Restrict the cells to the modelled genes."""
+    counts = sparse.csr_matrix(cells[:, genes].X)
+    return VaeTask(counts, cells.obs["total_counts"].to_numpy(dtype=np.float64), settings)
+
+
+def load_task(workspace: Workspace, settings: VAESettings, dataset: str) -> VaeTask:
+    """Read the counts of the modelled genes."""
+    cells, genes, _ = load_cells(workspace, dataset)
+    return make_task(cells, genes, settings)
+
+
+def load_model(task: VaeTask, path: Path) -> VAE:
+    """Read a model of the task's architecture, in eval mode."""
+    model = task.new_model(0)
+    tensors, _ = artifacts.read_tensors(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        why = "its layers are not those of params.yaml; run the stage that makes it again"
+        raise ArtifactError(path, why) from error
+    return model.eval()
+
+
+def own_original(workspace: Workspace, dataset: str, seed: int) -> dict[str, str]:
+    """The one original that a method starts from, in place of the folder of all of them."""
+    folder = workspace.work("train", dataset)
+    return {folder.relative_to(workspace.root).as_posix(): dvc_md5(folder / f"{seed}.safetensors")}
+
+
+def relative_change(task: VaeTask, original: Path, model: VAE) -> float:
+    """‖θ − θ0‖ / ‖θ0‖ over all parameters."""
+
+    def flat(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([parameter.detach().double().ravel() for parameter in parameters])
+
+    before, after = flat(load_model(task, original).parameters()), flat(model.parameters())
+    return float((after - before).norm() / before.norm())

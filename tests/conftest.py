@@ -1,0 +1,70 @@
+"""What the tests of the science rooms share: a small task on simulated counts, its cell sets, and a short recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from scforget.data.splits import ForgetSets
+from scforget.data.synthetic import PRESETS, simulate
+from scforget.models.vae import VAESettings
+from scforget.tasks import VaeTask
+
+ARCHITECTURE: dict[str, Any] = {
+    "hidden": [16, 8], "latent": 4, "likelihood": "nb", "dispersion": "gene-cell", "dropout": 0.1,
+}  # fmt: skip
+RECIPE: dict[str, Any] = {
+    "learning_rate": 1e-2, "batch_size": 32, "max_epochs": 4, "patience": 10, "kl_warmup_epochs": 3, "free_bits": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Models are so small here that waking a second thread costs more than it saves: four times the whole run."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_counts() -> sparse.csr_matrix:
+    """240 cells of 60 genes."""
+    return sparse.csr_matrix(simulate(PRESETS["tiny"], seed=0).X, dtype=np.float64)
+
+
+@pytest.fixture(scope="session")
+def make_task(tiny_counts: sparse.csr_matrix) -> Callable[..., VaeTask]:
+    """Task of a small VAE; keywords change its architecture, or its counts."""
+
+    def make(counts: sparse.csr_matrix = tiny_counts, **changes: Any) -> VaeTask:
+        # half as many counts again lie outside the modelled genes, so that the two libraries differ
+        total = 1.5 * np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+        return VaeTask(counts, total, VAESettings(**{**ARCHITECTURE, **changes}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def task(make_task: Callable[..., VaeTask]) -> VaeTask:
+    return make_task()
+
+
+@pytest.fixture(scope="session")
+def forget_sets() -> ForgetSets:
+    """Cells in unsorted roles: 20 to forget, 100 to retain, 40 that decide when to stop."""
+    order = np.random.default_rng(0).permutation(240).astype(np.int64)
+    parts = np.split(order, [20, 120, 160, 180])
+    return ForgetSets(*(np.sort(part) for part in parts[:4]))
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Callable[..., dict[str, Any]]:
+    """Values of ``TrainingSettings`` for a run of a fraction of a second; keywords change them."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return {**RECIPE, **changes}
+
+    return make
