@@ -109,7 +109,7 @@ def _choose_genes(
         chosen_on = splits.gene_cells(source, sets, scenarios)
         chosen = genes.select_genes(cells, chosen_on, settings.n_genes)
     else:
-        listed = artifacts.read_bytes(context.workspace.raw(dataset) / source).decode().split()
+        listed = artifacts.read_bytes(context.workspace.raw(dataset) / source).decode(errors="replace").split()
         chosen = genes.listed_genes(cells, listed, source)
     marking = genes.choose_markers(cells, chosen, settings.markers, settings.markers_per_label)
     return {"genes": chosen, "markers": marking}
