@@ -1,0 +1,187 @@
+"""The command line: it teaches, starts at once, and ends every expected error in one line and its exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from scforget import cli, errors, tracking
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process, in a folder of its own: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("SCFORGET_DEBUG", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that they are restored
+        monkeypatch.delenv(name)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["scforget", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def commands() -> list[tuple[tuple[str, ...], typer.models.CommandInfo]]:
+    found = []
+    for app, before in ((cli.app, ()), (cli.data, ("data",))):
+        for info in app.registered_commands:
+            found.append(((*before, info.name or info.callback.__name__), info))
+    return found
+
+
+@pytest.mark.parametrize(("path", "info"), commands(), ids=[" ".join(path) for path, _ in commands()])
+def test_help_of_every_command_says_what_it_does_and_what_it_takes(command, path, info):
+    code, out, err = command(*path, "--help")
+    assert (code, err) == (0, "")
+    flat = " ".join(out.split())
+    assert flat.startswith("Usage: ")
+    assert f"scforget {' '.join(path)} " in flat
+    sentence = " ".join(info.callback.__doc__.split())
+    assert len(sentence) > 30
+    assert sentence in flat
+    for name, hint in info.callback.__annotations__.items():
+        if name == "return":
+            continue
+        (about,) = eval(hint, vars(cli)).__metadata__
+        assert " ".join(about.help.split()) in flat, name
+
+
+def test_help_lists_every_command_with_the_pipeline_in_its_order(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    places = [out.index(f"\n  {path[0]} ") for path, _ in commands() if len(path) == 1]
+    assert places == sorted(places)
+    assert "dvc repro" in out
+    assert "params.yaml" in out
+
+
+def test_no_arguments_teach_too(command):
+    for arguments in ((), ("data",)):
+        _, out, err = command(*arguments)
+        assert "Usage: scforget" in out + err
+        assert "Commands" in out + err
+
+
+ERRORS = [
+    (errors.ConfigError("params.yaml", "seed", "missing"), 2),
+    (errors.DataError("cells", "none", "some"), 3),
+    (errors.EmptyGroupError("controls", 1, "at least 10"), 3),
+    (errors.ArtifactError("work/x", "no such file"), 3),
+    (errors.NonFiniteError(3, "the loss"), 4),
+    (errors.AllDivergedError("train@pbmc", "why"), 4),
+    (errors.TrackingError("http://x", "no answer"), 5),
+    (errors.ScforgetError("plain"), 1),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
+def test_main_ends_an_expected_error_in_one_line_and_its_code(command, monkeypatch, error, code):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert command("anything") == (code, "", f"scforget: {error}\n")
+
+
+def test_main_keeps_an_error_on_one_line_whatever_it_names(command):
+    code, _, err = command("profile", "two\nlines")
+    assert code == 2
+    assert err == "scforget: profiles/two lines.yaml: no such profile; there are: none\n"
+
+
+def test_main_shows_the_traceback_on_request(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["scforget", "--debug", "profile", "none"])
+    with pytest.raises(errors.ConfigError):
+        cli.main()
+
+
+def test_main_uses_one_thread_unless_told_otherwise(command, monkeypatch):
+    monkeypatch.setenv("MKL_NUM_THREADS", "3")
+    command("--help")
+    assert [os.environ[f"{name}_NUM_THREADS"] for name in ("OMP", "OPENBLAS", "MKL")] == ["1", "1", "3"]
+
+
+def test_import_loads_nothing_heavy():
+    """A command that fails at once, `--help` and shell completion shall not wait for torch."""
+    heavy = ["numpy", "torch", "pandas", "scipy", "anndata", "scanpy", "mlflow", "pydantic", "matplotlib", "sklearn"]
+    code = f"import sys, scforget; a = set(sys.modules); import scforget.cli; print([m for m in {heavy} if m in a], " \
+           f"[m for m in {heavy} if m in sys.modules])"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] []\n"
+
+
+def test_profile_writes_its_values_and_says_what_next(command, tmp_path):
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "quick.yaml").write_text("seed: 7\n")
+    assert command("profile", "quick") == (
+        0, "", "params.yaml now has the values of profiles/quick.yaml; run `dvc repro`\n"
+    )  # fmt: skip
+    assert "\nseed: 7\n" in (tmp_path / "params.yaml").read_text()
+    code, _, err = command("profile", "quik")
+    assert code == 2
+    assert err == "scforget: profiles/quik.yaml: no such profile; there are: quick\n"
+
+
+def test_data_list_names_every_public_set_and_its_licence(command):
+    code, out, err = command("data", "list")
+    assert (code, err) == (0, "")
+    assert [line.split(":")[0] for line in out.splitlines()] == ["pbmc33k", "pbmc3k", "tabula_muris"]
+    assert out.count("CC BY 4.0") == 2
+
+
+def test_data_bundled_makes_the_files_that_are_under_dvc(command, tmp_path):
+    from scforget.pipeline import dvc_md5
+
+    assert command("data", "bundled")[0] == 0
+    assert {path.name for path in (tmp_path / "data/pbmc68k").iterdir()} == {
+        "ATTRIBUTION.md", "barcodes.tsv.gz", "cells.csv", "features.tsv.gz", "matrix.mtx.gz"
+    }  # fmt: skip
+    assert dvc_md5(tmp_path / "data") == "77c7b9b5a7bbf89a04e05ef67f243fbc.dir"
+    assert "77c7b9b5a7bbf89a04e05ef67f243fbc.dir" in (ROOT / "data.dvc").read_text()
+
+
+def test_ui_becomes_a_server_of_the_project_s_database_for_this_machine_only(command, monkeypatch, tmp_path):
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def become(_program: str, arguments: list[str], environment: dict[str, str]) -> None:
+        started.append((arguments, environment))
+        sys.exit(7)
+
+    monkeypatch.setattr(tracking, "Store", lambda _root: None)
+    monkeypatch.setattr(os, "execve", become)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    code, _, err = command("ui", "--port", "5123")
+    assert code == 7
+    assert err == "MLflow: http://127.0.0.1:5123 (Ctrl-C ends it)\n"
+    ((arguments, environment),) = started
+    assert arguments[:4] == [sys.executable, "-m", "mlflow", "ui"]
+    assert arguments[arguments.index("--backend-store-uri") + 1] == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert arguments[arguments.index("--host") + 1] == "127.0.0.1"
+    assert arguments[arguments.index("--port") + 1] == "5123"
+    assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    code, _, err = command("ui")
+    assert (code, err) == (1, "scforget: MLFLOW_TRACKING_URI is http://127.0.0.1:5000: open it in a browser\n")
+    assert len(started) == 1
+
+
+def test_an_unknown_command_names_itself_and_where_to_look(command):
+    code, _, err = command("tarin")
+    assert code == 2
+    assert "No such command 'tarin'" in err
+    assert "scforget --help" in err
