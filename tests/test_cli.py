@@ -71,7 +71,7 @@ def test_help_lists_every_command_with_the_pipeline_in_its_order(command):
 def test_no_arguments_teach_too(command):
     for arguments in ((), ("data",)):
         _, out, err = command(*arguments)
-        assert "Usage: scforget" in out + err
+        assert "scforget" in (out + err).splitlines()[0]
         assert "Commands" in out + err
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from scforget import cli, closing, config, pipeline, stages
-from scforget.attacks import ATTACKS
+from scforget import config, pipeline
 from scforget.errors import ArtifactError, ConfigError
-from scforget.methods import METHODS
 from scforget.pipeline import Inputs, Item, Pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -238,195 +234,3 @@ def test_model_fingerprint_depends_on_all_else():
 def test_fingerprint_does_not_depend_on_the_order_of_keys():
     turned = Inputs(INPUTS.item, dict(reversed(INPUTS.deps.items())), dict(reversed(INPUTS.params.items())))
     assert turned.fingerprint == INPUTS.fingerprint
-
-
-# dvc.yaml, params.yaml, the registries and the files
-
-
-DVC: dict[str, Any] = config.read_yaml(ROOT / "dvc.yaml")["stages"]
-PARAMS: dict[str, Any] = config.read_yaml(ROOT / "params.yaml")
-
-
-def filled(stage: str) -> list[tuple[Item, list[str]]]:
-    """Items of a stage, each with its deps."""
-    project = Pipeline(ROOT)
-    axes = list(DVC[stage].get("matrix", {}))
-    found = []
-    for item in project.items(stage):
-        values = {f"${{item.{axis}}}": key for axis, key in zip(axes, item.keys, strict=True)}
-        deps = DVC[stage]["deps"]
-        for pattern, value in values.items():
-            deps = [dep.replace(pattern, value) for dep in deps]
-        found.append((item, deps))
-    return found
-
-
-def test_the_default_pipeline_has_as_many_items_as_it_is_known_to_have():
-    """Each costs two to three seconds of imports before it does anything: a change here is a decision."""
-    counts = {stage: len(Pipeline(ROOT).items(stage)) for stage in DVC}
-    assert counts == {
-        "prepare": 1, "split": 1, "train": 1, "retrain": 2, "unlearn": 6, "reference": 2, "audit": 6, "report": 1,
-        "track": 1,
-    }  # fmt: skip
-    assert sum(counts.values()) == 21
-
-
-def test_stages_are_commands_and_functions_of_the_same_name():
-    commands = {
-        command.callback.__name__: command for command in cli.app.registered_commands
-        if command.rich_help_panel == cli.PIPELINE
-    }  # fmt: skip
-    assert list(DVC) == list(commands)
-    for stage, described in DVC.items():
-        room = stages if hasattr(stages, stage) else closing
-        assert callable(getattr(room, stage))
-        axes = list(described.get("matrix", {}))
-        assert described["cmd"] == " ".join(["scforget", stage, *(f"${{item.{axis}}}" for axis in axes)])
-        function = commands[stage].callback
-        assert list(function.__annotations__)[: len(axes)] == axes  # the command's arguments, in this order
-
-
-def test_axes_are_the_lists_of_params():
-    for described in DVC.values():
-        for axis, value in described.get("matrix", {}).items():
-            assert value == f"${{pipeline.{axis}s}}"
-
-
-def test_every_method_has_a_file_a_section_and_a_place_in_the_pipeline():
-    assert list(PARAMS["unlearn"]) == list(METHODS)
-    files = {path.stem for path in (SOURCE / "methods").glob("*.py")} - {"__init__"}
-    assert files == set(METHODS)
-    assert PARAMS["pipeline"]["methods"] == list(METHODS)
-    assert "unlearn.${item.method}" in DVC["unlearn"]["params"]
-    assert "src/scforget/methods/${item.method}.py" in DVC["unlearn"]["deps"]
-    for name, method in METHODS.items():
-        assert method.run.__module__ == f"scforget.methods.{name}"
-        assert method.run.__name__ == name
-
-
-def test_every_attack_has_a_file_and_a_section():
-    assert list(PARAMS["audit"]["attacks"]) == list(ATTACKS)
-    files = {path.stem for path in (SOURCE / "attacks").glob("*.py")} - {"__init__"}
-    assert files == set(ATTACKS)
-
-
-def test_every_dependency_is_a_file_or_made_by_a_stage():
-    project, made = Pipeline(ROOT), set()
-    for stage, described in DVC.items():
-        outs = [next(iter(out)) if isinstance(out, dict) else out for out in described.get("outs", [])]
-        axes = list(described.get("matrix", {}))
-        for item in project.items(stage):
-            for out in outs:
-                for axis, key in zip(axes, item.keys, strict=True):
-                    out = out.replace(f"${{item.{axis}}}", key)  # noqa: PLW2901
-                made.add(out)
-    tops = {path.split("/")[0] for path in made}
-    assert tops == {"work", "results", "report"}
-    for stage in DVC:
-        for item, deps in filled(stage):
-            for dep in deps:
-                if dep.startswith("src/"):
-                    assert (ROOT / dep).exists(), (item.name, dep)
-                elif dep.split("/")[0] == "data":
-                    assert dep == f"data/{item.keys[0]}"
-                elif dep != "results":
-                    assert any(dep == out or dep.startswith(f"{out}/") for out in made), (item.name, dep)
-
-
-def test_every_param_that_a_stage_tracks_is_there():
-    project = Pipeline(ROOT)
-    for item in project.items():
-        for key in project.param_keys(item):
-            value: Any = PARAMS
-            for part in key.split("."):
-                value = value[part]
-
-
-def test_timings_are_an_out_on_which_only_the_end_of_the_pipeline_depends():
-    for stage, described in DVC.items():
-        volatile = [out for out in described.get("outs", []) if isinstance(out, str) and out.endswith("cost.json")]
-        assert len(volatile) == (stage in ("train", "retrain", "unlearn"))
-        if stage not in ("report", "track"):
-            assert not any(dep.endswith("cost.json") or dep == "results" for dep in described["deps"])
-            assert not any(
-                dep.rstrip("/").split("/")[:1] == ["results"] and "." not in dep for dep in described["deps"]
-            )
-
-
-def test_resumed_models_lie_outside_every_out():
-    for described in DVC.values():
-        for out in described.get("outs", []):
-            assert not str(out).startswith("work/.resume")
-            assert out != "work"
-
-
-# Which science a stage runs, and so must name among its deps; what it imports from there follows.
-RUNS = {
-    "prepare": ["data/prepare.py", "data/sources.py"],
-    "split": ["data/genes.py", "data/splits.py", "seeding.py"],
-    "train": ["training.py", "loading.py"],
-    "retrain": ["training.py", "loading.py"],
-    "unlearn": ["methods/{method}.py", "loading.py"],
-    "reference": ["scoring.py", "attacks", "audit"],
-    "audit": ["scoring.py", "attacks", "audit"],
-}
-SCIENCE = ("methods", "attacks", "audit", "fisher", "training", "tasks", "data", "models", "scoring", "loading",
-           "seeding")  # fmt: skip
-# Imported, but no result comes from it: downloads happen outside the pipeline; of the splits, what reads them back
-# knows the names of the cell sets alone; the controls are drawn by `reference`, and `audit` reads them back.
-DRAWN_BEFORE = {"data/splits.py"}
-HARMLESS = {
-    "prepare": {"data/public.py"},
-    **dict.fromkeys(("train", "retrain", "unlearn", "reference"), DRAWN_BEFORE),
-    "audit": {*DRAWN_BEFORE, "data/controls.py"},
-}
-
-
-def imported(path: Path) -> set[str]:
-    """Files of the science rooms that a file imports, relative to the package."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("scforget"):
-            continue
-        for alias in node.names:
-            parts = [*node.module.split(".")[1:], alias.name]
-            for end in (len(parts), len(parts) - 1):
-                candidate = SOURCE.joinpath(*parts[:end]).with_suffix(".py")
-                if end and parts[0] in SCIENCE and candidate.is_file():
-                    found.add(candidate.relative_to(SOURCE).as_posix())
-                    break
-    return found
-
-
-def closure(seeds: list[str]) -> set[str]:
-    waiting = [
-        file for seed in seeds for path in [SOURCE / seed] for file in (path.glob("*.py") if path.is_dir() else [path])
-    ]
-    found: set[str] = set()
-    while waiting:
-        path = waiting.pop()
-        name = path.relative_to(SOURCE).as_posix()
-        if name not in found:
-            found.add(name)
-            waiting += [SOURCE / other for other in imported(path)]
-    return found
-
-
-def test_imported_finds_modules_names_and_rooms():
-    assert imported(SOURCE / "methods/ssd.py") == {
-        "fisher.py", "data/splits.py", "models/vae.py", "tasks.py", "training.py"
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("stage", RUNS)
-def test_every_stage_names_the_science_that_it_runs(stage):
-    for item, deps in filled(stage):
-        named = [dep.removeprefix("src/scforget/") for dep in deps if dep.startswith("src/scforget/")]
-        needed = closure([seed.format(method=item.keys[-1]) for seed in RUNS[stage]]) - HARMLESS.get(stage, set())
-        missing = {file for file in needed if not any(file == dep or file.startswith(f"{dep}/") for dep in named)}
-        assert missing == set(), item.name
-
-
-def test_ignored_files_are_those_of_dvcignore():
-    patterns = {line for line in (ROOT / ".dvcignore").read_text().splitlines() if line}
-    assert patterns == {*pipeline._IGNORED, "*.pyc", "mlruns"}  # *.pyc lie in __pycache__, mlruns in no dependency
