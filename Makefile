@@ -32,7 +32,7 @@ test: $(BIN)/.installed-dev ## lint, types, layers, tests
 	ruff format --check src tests
 	mypy
 	lint-imports
-	pytest --numprocesses 2
+	pytest --numprocesses 2 --dist loadgroup
 
 ui: $(BIN)/.installed ## MLflow on http://127.0.0.1:$(PORT)
 	scforget ui --port $(PORT)

@@ -17,6 +17,7 @@ from scforget.errors import (
     NonFiniteError,
     ScforgetError,
     TrackingError,
+    WorkerError,
 )
 
 EXAMPLES: list[tuple[ScforgetError, int, dict[str, object], str]] = [
@@ -31,6 +32,7 @@ EXAMPLES: list[tuple[ScforgetError, int, dict[str, object], str]] = [
      {"what": "cluster 'x'", "found": (0, "cells"), "wanted": "1"}, "cluster 'x': found (0, 'cells'); wanted 1"),
     (NonFiniteError(17, "the loss"), 4, {"step": 17, "name": "the loss"}, "the loss became NaN or infinite at step 17"),
     (AllDivergedError("train@x", "the loss"), 4, {"item": "train@x", "why": "the loss"}, "train@x: every model"),
+    (WorkerError(), 3, {}, "a worker process was killed"),
     (ArtifactError(Path("work/a"), "damaged"), 3, {"path": Path("work/a"), "why": "damaged"}, "work/a: damaged"),
     (TrackingError("http://h", "refused"), 5, {"uri": "http://h", "why": "refused"}, "MLflow at http://h: refused"),
 ]  # fmt: skip

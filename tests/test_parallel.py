@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
 
 from scforget import parallel
-from scforget.errors import ArtifactError, ConfigError, DataError, NonFiniteError, ScforgetError
+from scforget.errors import ArtifactError, ConfigError, DataError, NonFiniteError, ScforgetError, WorkerError
 
 
 def square(item: int) -> tuple[int, int]:
@@ -99,3 +100,13 @@ def test_workers_are_at_most_the_jobs_and_at_least_one(monkeypatch: pytest.Monke
             parallel.workers(9)
     monkeypatch.delenv("SCFORGET_WORKERS")
     assert parallel.workers(10**6) >= 1
+
+
+def die(_item: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_each_says_in_one_line_that_a_worker_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCFORGET_WORKERS", "2")
+    with pytest.raises(WorkerError, match="set SCFORGET_WORKERS=1 and run again"):
+        parallel.each(die, range(4), lambda: None)

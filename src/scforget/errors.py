@@ -72,6 +72,16 @@ class AllDivergedError(NonFiniteError):
         self.item, self.why = item, why
 
 
+class WorkerError(ScforgetError):
+    """A worker process was killed from outside."""
+
+    exit_code = 3
+
+    def __init__(self) -> None:
+        why = "a worker process was killed, mostly for lack of memory"
+        super().__init__(f"{why}; set SCFORGET_WORKERS=1 and run again: finished models are kept")
+
+
 class ArtifactError(ScforgetError):
     """A file under ``work/``, ``results/`` or ``report/`` cannot be read or written."""
 

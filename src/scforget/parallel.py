@@ -8,9 +8,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from scforget.errors import ConfigError
+from scforget.errors import ConfigError, WorkerError
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -80,6 +81,8 @@ def each(function: Callable[[ItemT], ResultT], items: Iterable[ItemT], done: Cal
             for future in as_completed(futures):
                 future.result()
                 done()
+        except BrokenProcessPool as error:
+            raise WorkerError from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
