@@ -146,7 +146,13 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     root = Path.cwd()
     address = tracking.uri(root)
     tracking.Store(root)  # makes the database if there is none, and ends in one line if it cannot be opened
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
+    # Its job queue is for judging LLM traces: five more processes that nobody here asked for.
+    quiet = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
+    environment = {**os.environ, **quiet}
     if not address.startswith("sqlite"):
         raise ScforgetError(f"MLFLOW_TRACKING_URI is {address}: open it in a browser")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", address]
