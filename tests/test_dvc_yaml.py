@@ -113,9 +113,11 @@ def test_every_param_that_a_stage_tracks_is_there():
     project = Pipeline(ROOT)
     for item in project.items():
         for key in project.param_keys(item):
-            value: Any = PARAMS
-            for part in key.split("."):
-                value = value[part]
+            place: Any = PARAMS
+            *parents, last = key.split(".")
+            for part in parents:
+                place = place[part]
+            assert last in place, (item.name, key)
 
 
 def test_timings_are_an_out_on_which_only_the_end_of_the_pipeline_depends():

@@ -254,4 +254,4 @@ def test_pictures_of_audits_survive_gaps(gaps):
     broken = list(gaps("ssd"))
     for audits in [*broken[::30], {}, {"ssd": {}}, {"retrain": {}}]:
         for picture in (figures.distance_to_target, figures.cost_against_trace, figures.attack_grid):
-            figures.png_bytes(picture(audits), dpi=30)
+            assert figures.png_bytes(picture(audits), dpi=30).startswith(b"\x89PNG")
