@@ -97,7 +97,7 @@ def test_fit_of_one_batch_is_a_plain_adam_step(
     train: Callable[..., Trained], task: VaeTask, forget_sets: ForgetSets
 ) -> None:
     model = task.new_model(1)
-    with seeding.scope(0, "epoch", 1) as noise:
+    with seeding.scope(0, "fit", "epoch", 1) as noise:
         cells = forget_sets.retain[torch.randperm(100, generator=noise).numpy()]
         loss = task.loss(model.train(), task.batch(cells), noise, beta=0.25, free_bits=0.1)
         loss.total.mean().backward()
@@ -150,7 +150,7 @@ def test_fit_resumes_bit_for_bit(train: Callable[..., Trained], epoch: int) -> N
 
 def test_fit_resumes_bit_for_bit_from_a_file(train: Callable[..., Trained], tmp_path: Path) -> None:
     """Killed twice, once before and once after the best epoch: the rate is so high that the ELBO soon falls."""
-    recipe = {"max_epochs": 14, "patience": 14, "learning_rate": 0.5, "kl_warmup_epochs": 0}
+    recipe = {"max_epochs": 14, "patience": 14, "learning_rate": 0.2, "kl_warmup_epochs": 0}
     whole = train(**recipe)
     best = int(np.argmax([row["stop_elbo"] for row in whole.history])) + 1
     assert 1 < best < 13
@@ -244,7 +244,7 @@ def test_fit_names_the_step_at_which_the_loss_became_nan(
     make_task: MakeTask, tiny_counts: sparse.csr_matrix, forget_sets: ForgetSets, recipe: Recipe
 ) -> None:
     retain = forget_sets.retain
-    with seeding.scope(0, "epoch", 1) as noise:
+    with seeding.scope(0, "fit", "epoch", 1) as noise:
         order = retain[torch.randperm(100, generator=noise).numpy()]
     for place in (0, 40, 99):
         counts = tiny_counts.tolil()

@@ -230,6 +230,10 @@ class FileCheckpoint:
         """Wall time of this run so far, over all its sittings."""
         return self._before + time.perf_counter() - self._started
 
+    def restart_clock(self) -> None:
+        """Count seconds from here: what went before was preparation, not the method's cost."""
+        self._before, self._started = 0.0, time.perf_counter()
+
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return what was saved last, or ``None``."""
         if not self._path.exists():

@@ -14,6 +14,7 @@ from scforget import artifacts
 from scforget.artifacts import Workspace
 from scforget.data.splits import CellSets, ForgetSets, Scenario
 from scforget.errors import ArtifactError
+from scforget.models.mixture import Mixture, Model, members_of
 from scforget.models.vae import VAE, VAESettings
 from scforget.pipeline import dvc_md5
 from scforget.tasks import VaeTask
@@ -41,7 +42,8 @@ def load_cells(workspace: Workspace, dataset: str) -> tuple[AnnData, list[str], 
 def make_task(cells: AnnData, genes: list[str], settings: VAESettings) -> VaeTask:
     """Restrict the cells to the modelled genes."""
     counts = sparse.csr_matrix(cells[:, genes].X)
-    return VaeTask(counts, cells.obs["total_counts"].to_numpy(dtype=np.float64), settings)
+    donors = cells.obs["donor"].astype(str).to_numpy().astype(np.str_) if "donor" in cells.obs else None
+    return VaeTask(counts, cells.obs["total_counts"].to_numpy(dtype=np.float64), settings, donors)
 
 
 def load_task(workspace: Workspace, settings: VAESettings, dataset: str) -> VaeTask:
@@ -50,10 +52,11 @@ def load_task(workspace: Workspace, settings: VAESettings, dataset: str) -> VaeT
     return make_task(cells, genes, settings)
 
 
-def load_model(task: VaeTask, path: Path) -> VAE:
-    """Read a model of the task's architecture, in eval mode."""
-    model = task.new_model(0)
+def load_model(task: VaeTask, path: Path) -> Model:
+    """Read a model of the task's architecture, or a mixture of such, in eval mode."""
     tensors, _ = artifacts.read_tensors(path)
+    members = {name.split(".")[1] for name in tensors if name.startswith("members.")}
+    model: Model = Mixture([task.new_model(0) for _ in members]) if members else task.new_model(0)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -62,17 +65,25 @@ def load_model(task: VaeTask, path: Path) -> VAE:
     return model.eval()
 
 
+def load_original(task: VaeTask, path: Path) -> VAE:
+    """Read the model that a method starts from; an original is never a mixture."""
+    (model,) = members_of(load_model(task, path))
+    return model
+
+
 def own_original(workspace: Workspace, dataset: str, seed: int) -> dict[str, str]:
     """The one original that a method starts from, in place of the folder of all of them."""
     folder = workspace.work("train", dataset)
     return {folder.relative_to(workspace.root).as_posix(): dvc_md5(folder / f"{seed}.safetensors")}
 
 
-def relative_change(task: VaeTask, original: Path, model: VAE) -> float:
-    """‖θ − θ0‖ / ‖θ0‖ over all parameters."""
+def relative_change(task: VaeTask, original: Path, model: Model) -> float:
+    """‖θ − θ0‖ / ‖θ0‖ over all parameters; NaN for a mixture, which has others."""
 
     def flat(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.cat([parameter.detach().double().ravel() for parameter in parameters])
 
+    if not isinstance(model, VAE):
+        return float("nan")
     before, after = flat(load_model(task, original).parameters()), flat(model.parameters())
     return float((after - before).norm() / before.norm())

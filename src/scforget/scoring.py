@@ -16,7 +16,7 @@ from scforget.audit import utility
 from scforget.audit.assess import Groups, Population
 from scforget.data import controls
 from scforget.errors import EmptyGroupError
-from scforget.models.vae import VAE
+from scforget.models.mixture import Model
 from scforget.progress import Progress
 from scforget.schema import Params
 from scforget.tasks import Signals
@@ -110,7 +110,7 @@ class Scorer:
         kinds = {name: arrays[name] for name in ("same_group", "matched_knn", "all_unseen")}
         return read("original"), read("retrain"), Groups(arrays["forget"], kinds)
 
-    def _utility(self, model: VAE, signals: Signals) -> dict[str, dict[str, float]]:
+    def _utility(self, model: Model, signals: Signals) -> dict[str, dict[str, float]]:
         """Utility on unseen cells outside the forgotten kind, and inside it."""
         unseen, group = ~self._is_forget, self._scenario.group[self.cells]
         if group[unseen].all():  # scattered: no kind is forgotten, every unseen cell counts as outside
@@ -118,7 +118,7 @@ class Scorer:
         places = {"outside": unseen & ~group, "inside": unseen & group}
         return {name: self._utility_of(model, signals, mask) for name, mask in places.items() if mask.any()}
 
-    def _utility_of(self, model: VAE, signals: Signals, mask: BoolArray) -> dict[str, float]:
+    def _utility_of(self, model: Model, signals: Signals, mask: BoolArray) -> dict[str, float]:
         cells, mu, labels = self.cells[mask], signals.mu[mask], self.labels[mask]
         expressed = self._task.batch(cells).inputs[:, torch.from_numpy(self._markers)].double().numpy()
         decoded = self._task.decoded_means(model, cells, self._markers)

@@ -158,11 +158,19 @@ def machine() -> Record:
 
 
 def _training_summary(trained: Trained) -> Record:
-    best = max(trained.history, key=lambda row: row["stop_elbo"], default=None)
-    found: Record = {**trained.effort.to_dict(), "epochs": len(trained.history)}
+    scored = [row for row in trained.history if "stop_elbo" in row]
+    best = max(scored, key=lambda row: row["stop_elbo"], default=None)
+    found: Record = {**trained.effort.to_dict(), "epochs": len(trained.history), **trained.facts}
     if best is not None:
         found |= {"best_epoch": int(best["epoch"]), "stop_elbo": best["stop_elbo"]}
     return found
+
+
+def _check_finite(trained: Trained) -> None:
+    """Refuse a model with a NaN or an infinity in it, whatever made it."""
+    for name, parameter in trained.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(trained.effort.steps, name)
 
 
 def _is_finished(record_path: Path, model_path: Path) -> bool:
@@ -209,6 +217,7 @@ class Population:
             checkpoint = FileCheckpoint(folder)
             try:
                 trained = self.build(seed, checkpoint)
+                _check_finite(trained)
             except NonFiniteError as error:
                 return folder, str(error)
             artifacts.write_tensors(model_path, trained.model.state_dict())
@@ -240,7 +249,7 @@ class Unlearned(Population):
 
     def build(self, seed: int, checkpoint: FileCheckpoint) -> Trained:
         """Unlearn from one original."""
-        original = loading.load_model(self.task, self._originals / f"{seed}.safetensors")
+        original = loading.load_original(self.task, self._originals / f"{seed}.safetensors")
         settings, own = getattr(self.context.params.unlearn, self.method), self.context.seed(seed)
         return METHODS[self.method].run(original, self.task, self.sets, settings, seed=own, checkpoint=checkpoint)
 

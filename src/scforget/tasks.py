@@ -1,4 +1,7 @@
-"""What a method or an attack may ask of a model: loss per cell, divergence between two models, membership signals."""
+"""What a method or an attack may ask of a model: loss per cell, divergence between two models, membership signals.
+
+A method written in these terms alone serves any model that answers them.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy import sparse
+from scipy.special import logsumexp
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from scforget import seeding
 from scforget.arrays import FloatArray, IntArray
-from scforget.models.vae import VAE, Batch, VAESettings, gaussian_kl
+from scforget.models.likelihoods import LOG_INVERSE_DISPERSION_LIMIT
+from scforget.models.mixture import Model, members_of
+from scforget.models.vae import VAE, Batch, Decoded, VAESettings, gaussian_kl
 
 _SCORING_BATCH = 1024
 
@@ -53,6 +61,48 @@ class Loss(NamedTuple):
     kl: Tensor
 
 
+class Divergence(NamedTuple):
+    """How far a student is from its teacher on each cell: of the posteriors and of the decoded cells, ``[B]`` each.
+
+    Nats, >= 0 (for ``log_mse`` the second is half a squared difference).
+    """
+
+    posterior: Tensor
+    decoder: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum, ``[B]``."""
+        return self.posterior + self.decoder
+
+
+def posterior_kl(mu: Tensor, log_var: Tensor, other_mu: Tensor, other_log_var: Tensor) -> Tensor:
+    """KL(N(μ, σ²) ‖ N(μ', σ'²)) summed over latent dimensions, ``[B]`` nats."""
+    difference = (mu - other_mu).square() + log_var.exp()
+    return 0.5 * (other_log_var - log_var + difference / other_log_var.exp() - 1).sum(-1)
+
+
+def nb_kl(log_mean: Tensor, other_log_mean: Tensor, log_inverse_dispersion: Tensor) -> Tensor:
+    """KL(NB(μ, r) ‖ NB(μ', r)) of each gene, ``[B, G]`` nats, at one inverse dispersion.
+
+    Notes
+    -----
+    μ log(μ/μ') − (μ + r) log((μ + r)/(μ' + r)), through logarithms of sums, so that no mean is too small.
+    """
+    log_r = log_inverse_dispersion.clamp(-LOG_INVERSE_DISPERSION_LIMIT, LOG_INVERSE_DISPERSION_LIMIT)
+    mean, r = log_mean.exp(), log_r.exp()
+    return mean * (log_mean - other_log_mean) - (mean + r) * (
+        torch.logaddexp(log_mean, log_r) - torch.logaddexp(other_log_mean, log_r)
+    )
+
+
+def _bernoulli_kl(logits: Tensor, other_logits: Tensor) -> Tensor:
+    p = logits.sigmoid()
+    return p * (logsigmoid(logits) - logsigmoid(other_logits)) + (1 - p) * (
+        logsigmoid(-logits) - logsigmoid(-other_logits)
+    )
+
+
 class VaeTask:
     """Counts of the modelled genes, and how a :class:`VAE` is asked about them.
 
@@ -64,11 +114,17 @@ class VaeTask:
         Counts of each cell over **all** genes; the library of ``log_mse`` as published.
     settings
         Architecture of new models.
+    donors : ``[N]``, optional
+        Whose each cell is, where that is known.
     """
 
-    def __init__(self, counts: sparse.csr_matrix, total_counts: FloatArray, settings: VAESettings) -> None:
+    def __init__(
+        self, counts: sparse.csr_matrix, total_counts: FloatArray, settings: VAESettings,
+        donors: npt.NDArray[np.str_] | None = None,
+    ) -> None:  # fmt: skip
         self.counts = counts
         self.settings = settings
+        self.donors = donors
         # A cell may have no count among the modelled genes; a library of 1 keeps its logarithm finite.
         self.library = np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64).ravel(), 1.0)
         self.normaliser = total_counts if settings.likelihood == "log_mse" else self.library
@@ -108,10 +164,81 @@ class VaeTask:
         penalty = kl.clamp(min=free_bits).sum(-1) if free_bits else kl.sum(-1)
         return Loss(beta * penalty - reconstruction, reconstruction, kl.sum(-1))
 
+    def divergence(self, student: VAE, teacher: VAE, batch: Batch, noise: torch.Generator | None = None) -> Divergence:
+        """How far a student's answers are from its teacher's; differentiable in the student.
+
+        Parameters
+        ----------
+        noise
+            ``None``: each decodes its own z = μ. Otherwise both decode one draw of the teacher's posterior, so that
+            a student's decoder learns before its encoder does.
+
+        Notes
+        -----
+        KL(q_t ‖ q_s) of the posteriors, plus the decoder's divergence. ``nb``: :func:`nb_kl` at the teacher's
+        dispersion, summed over genes. ``zinb``: the Bernoulli KL of the inflation plus (1 − π_t) times that, the
+        chain rule's bound. ``log_mse``: half the squared difference of the decoded means.
+        """
+        with torch.no_grad():
+            teacher_mu, teacher_log_var = teacher.encode(batch.inputs)
+            z = teacher_mu
+            if noise is not None:
+                z = teacher_mu + (0.5 * teacher_log_var).exp() * torch.randn(z.shape, generator=noise)
+            wanted = teacher.decode(z)
+        mu, log_var = student.encode(batch.inputs)
+        found = student.decode(mu if noise is None else z)
+        posterior = posterior_kl(teacher_mu, teacher_log_var, mu, log_var)
+        return Divergence(posterior, self._decoder_divergence(found, wanted, batch).sum(-1))
+
+    def _decoder_divergence(self, found: Decoded, wanted: Decoded, batch: Batch) -> Tensor:
+        if self.settings.likelihood == "log_mse":
+            difference = wanted.logits.softmax(-1) - found.logits.softmax(-1)
+            return 0.5 * (batch.inputs.sum(-1, keepdim=True) * difference).square()
+        log_library = batch.library.log()
+        means = wanted.logits.log_softmax(-1) + log_library, found.logits.log_softmax(-1) + log_library
+        divergence = nb_kl(*means, wanted.log_inverse_dispersion)
+        if wanted.zero_logits is None or found.zero_logits is None:
+            return divergence
+        return _bernoulli_kl(wanted.zero_logits, found.zero_logits) + wanted.zero_logits.neg().sigmoid() * divergence
+
+    def features(self, model: VAE, batch: Batch, noise: torch.Generator | None = None) -> Tensor:
+        """What a membership attacker sees of each cell, ``[B, 5 + 2 Z]``; differentiable in the model.
+
+        Columns in the published order: reconstruction, KL, ELBO, μ (Z), log σ² (Z), ‖μ‖, ‖log σ²‖.
+
+        Parameters
+        ----------
+        noise
+            ``None`` decodes z = μ; otherwise one draw of the posterior (as published).
+        """
+        mu, log_var = model.encode(batch.inputs)
+        z = mu if noise is None else mu + (0.5 * log_var).exp() * torch.randn(mu.shape, generator=noise)
+        reconstruction = model.reconstruction(batch, model.decode(z))
+        kl = gaussian_kl(mu, log_var).sum(-1)
+        sums = torch.stack([reconstruction, kl, reconstruction - kl], 1)
+        # the gradient of a norm is undefined at 0, where a collapsed posterior has it
+        norms = torch.stack([(part.square().sum(-1) + 1e-12).sqrt() for part in (mu, log_var)], 1)
+        return torch.cat([sums, mu, log_var, norms], 1)
+
     @torch.no_grad()
-    def signals(self, model: VAE, cells: IntArray) -> Signals:
-        """Score cells at fixed decoding; see :class:`Signals`."""
+    def signals(self, model: Model, cells: IntArray) -> Signals:
+        """Score cells at fixed decoding; see :class:`Signals`.
+
+        Notes
+        -----
+        Of a mixture: the ELBO is log-mean-exp over members of their ELBOs, the KL their mean, the reconstruction
+        what is left; μ and log σ² are concatenated.
+        """
         model.eval()
+        found = [self._signals(member, cells) for member in members_of(model)]
+        if len(found) == 1:
+            return found[0]
+        elbo = logsumexp([one.elbo for one in found], axis=0) - np.log(len(found))
+        kl = np.mean([one.kl for one in found], axis=0)
+        mu, log_var = np.hstack([one.mu for one in found]), np.hstack([one.log_var for one in found])
+        return Signals(cells, elbo + kl, kl, mu, log_var)
+
+    def _signals(self, model: VAE, cells: IntArray) -> Signals:
         parts: list[tuple[Tensor, ...]] = []
         for start in range(0, len(cells), _SCORING_BATCH):
             batch = self.batch(cells[start : start + _SCORING_BATCH])
@@ -122,12 +249,16 @@ class VaeTask:
         return Signals(cells, *columns)
 
     @torch.no_grad()
-    def predicted(self, model: VAE, cells: IntArray) -> tuple[FloatArray, FloatArray]:
+    def predicted(self, model: Model, cells: IntArray) -> tuple[FloatArray, FloatArray]:
         """Expected counts and expected fraction of zeros of each gene over some cells, ``[G]`` each, at z = μ.
 
-        Under ``log_mse`` there is no count distribution: the zeros are NaN.
+        Under ``log_mse`` there is no count distribution: the zeros are NaN. A mixture's answer is its members' mean.
         """
         model.eval()
+        means, zeros = zip(*(self._predicted(member, cells) for member in members_of(model)), strict=True)
+        return np.mean(means, axis=0), np.mean(zeros, axis=0)
+
+    def _predicted(self, model: VAE, cells: IntArray) -> tuple[FloatArray, FloatArray]:
         means, zeros = np.zeros(self.counts.shape[1]), np.zeros(self.counts.shape[1])
         for start in range(0, len(cells), _SCORING_BATCH):
             batch = self.batch(cells[start : start + _SCORING_BATCH])
@@ -142,9 +273,16 @@ class VaeTask:
         return means / len(cells), zeros / len(cells)
 
     @torch.no_grad()
-    def decoded_means(self, model: VAE, cells: IntArray, genes: IntArray) -> FloatArray:
-        """Expected expression ``[N, len(genes)]`` at z = μ on the scale of the encoder input, log1p(CP10k)."""
+    def decoded_means(self, model: Model, cells: IntArray, genes: IntArray) -> FloatArray:
+        """Expected expression ``[N, len(genes)]`` at z = μ on the scale of the encoder input, log1p(CP10k).
+
+        A mixture's answer is its members' mean.
+        """
         model.eval()
+        found = [self._decoded_means(member, cells, genes) for member in members_of(model)]
+        return np.asarray(np.mean(found, axis=0), dtype=np.float64)
+
+    def _decoded_means(self, model: VAE, cells: IntArray, genes: IntArray) -> FloatArray:
         parts = []
         for start in range(0, len(cells), _SCORING_BATCH):
             batch = self.batch(cells[start : start + _SCORING_BATCH])

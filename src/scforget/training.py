@@ -1,26 +1,31 @@
-"""The one training loop: originals, retrains and every method that ends in fine-tuning go through it."""
+"""The training loop: resumable epochs, and on top of them the recipe of originals, retrains and fine-tuning."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from scforget import seeding
 from scforget.arrays import IntArray
 from scforget.errors import NonFiniteError
+from scforget.models.mixture import Model
 from scforget.models.vae import VAE
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 
 State = dict[str, Any]
 Epoch = dict[str, float]
+#: Something that changes from epoch to epoch and must survive a kill.
+Part = nn.Module | Optimizer
 
 
 class TrainingSettings(Settings):
@@ -56,6 +61,9 @@ class Checkpoint(Protocol):
     def save(self, tensors: dict[str, Tensor], state: State) -> None:
         """Replace what is saved, atomically."""
 
+    def restart_clock(self) -> None:
+        """Count seconds from here: what went before was preparation, not the method's cost."""
+
 
 @dataclass
 class Effort:
@@ -64,6 +72,12 @@ class Effort:
     steps: int = 0
     forward: Counter[str] = field(default_factory=Counter)
     backward: Counter[str] = field(default_factory=Counter)
+
+    def count(self, cell_set: str, cells: int, *, forward: int = 1, backward: int = 1) -> None:
+        """Add passes over some cells of a set."""
+        self.forward[cell_set] += forward * cells
+        if backward:
+            self.backward[cell_set] += backward * cells
 
     @property
     def passes(self) -> int:
@@ -79,77 +93,212 @@ class Effort:
             "passes": self.passes,
         }
 
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take up what :meth:`to_dict` gave."""
+        self.steps = saved["steps"]
+        self.forward, self.backward = Counter(saved["forward"]), Counter(saved["backward"])
+
 
 @dataclass
 class Trained:
-    """A trained or unlearned model, how it came about epoch by epoch, and what that took."""
+    """A trained or unlearned model, how it came about epoch by epoch, and what that took.
 
-    model: VAE
+    ``facts`` are a method's own deterministic numbers (an ε spent, a residual) and words (a guarantee, or none).
+    """
+
+    model: Model
     history: list[Epoch] = field(default_factory=list)
     effort: Effort = field(default_factory=Effort)
+    facts: dict[str, float | str] = field(default_factory=dict)
 
 
-def mean_elbo(task: VaeTask, model: VAE, cells: IntArray) -> float:
+def mean_elbo(task: VaeTask, model: Model, cells: IntArray) -> float:
     """Mean ELBO of cells at z = μ, nats per cell."""
     return float(task.signals(model, cells).elbo.mean())
 
 
-def _copy(model: VAE) -> dict[str, Tensor]:
+def batches(cells: IntArray, size: int, noise: torch.Generator) -> Iterator[IntArray]:
+    """One pass over the cells in random order, ``size`` at a time; the last batch holds what is left."""
+    order = cells[torch.randperm(len(cells), generator=noise).numpy()]
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def descend(optimiser: Optimizer, loss: Tensor, effort: Effort, *, clip: float | None = None) -> None:
+    """Take one step down a scalar loss.
+
+    Parameters
+    ----------
+    clip
+        Largest L2 norm of the whole gradient; ``None`` leaves it.
+
+    Raises
+    ------
+    NonFiniteError
+        If the loss is NaN or infinite.
+    """
+    if not torch.isfinite(loss):
+        raise NonFiniteError(effort.steps, "the loss")
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip is not None:
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
+    optimiser.step()
+    effort.steps += 1
+
+
+def _tensors(part: Part, prefix: str) -> dict[str, Tensor]:
+    if isinstance(part, nn.Module):
+        return {f"{prefix}/{name}": value for name, value in part.state_dict().items()}
+    slots = part.state_dict()["state"]
+    return {f"{prefix}/{i}/{slot}": value for i, values in slots.items() for slot, value in values.items()
+            if isinstance(value, Tensor)}  # fmt: skip
+
+
+def _restore(part: Part, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    own = {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
+    if isinstance(part, nn.Module):
+        part.load_state_dict(own)
+        return
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in own.items():
+        index, slot = name.split("/")
+        slots.setdefault(int(index), {})[slot] = value
+    part.load_state_dict({**part.state_dict(), "state": slots})
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def _pack(model: VAE, optimiser: torch.optim.Adam, best: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"best/{name}": value for name, value in best.items()}
-    for index, slots in optimiser.state_dict()["state"].items():
-        tensors |= {f"adam/{index}/{slot}": value for slot, value in slots.items()}
-    return tensors
+class Loop:
+    """Epochs of one run, in one or more named phases, that a killed process takes up where it was.
+
+    Parameters
+    ----------
+    model
+        Changed in place; holds the saved weights after construction if there are any.
+    seed
+        Names every random stream, phase by phase and epoch by epoch: a resumed run draws what it would have drawn.
+    checkpoint
+        Saved after each epoch.
+
+    Attributes
+    ----------
+    history
+        One row for each epoch so far, over all phases.
+    effort
+        Work so far; epochs add to it.
+    """
+
+    def __init__(self, model: nn.Module, *, seed: int, checkpoint: Checkpoint | None = None) -> None:
+        self.model, self.effort = model, Effort()
+        self._seed, self._checkpoint = seed, checkpoint
+        self._tensors: dict[str, Tensor] = {}
+        self._state: State = {"history": [], "phases": [], "start": 0, "best_score": None, "best_epoch": 0}
+        if checkpoint is not None and (saved := checkpoint.load()) is not None:
+            self._tensors, self._state = saved
+            self.effort.restore(self._state["effort"])
+            _restore(model, "model", self._tensors)
+        self.history: list[Epoch] = self._state["history"]
+
+    def _enter(self, phase: str, parts: Mapping[str, Part]) -> None:
+        if phase in self._state["phases"]:
+            for name, part in parts.items():
+                _restore(part, f"part/{name}", self._tensors)
+        else:
+            self._state |= {"start": len(self.history), "best_score": None, "best_epoch": 0}
+            self._state["phases"].append(phase)
+            self._tensors = {}
+
+    def _save(self, parts: Mapping[str, Part], best: dict[str, Tensor]) -> None:
+        if self._checkpoint is None:
+            return
+        tensors = _tensors(self.model, "model") | {f"best/{name}": value for name, value in best.items()}
+        for name, part in parts.items():
+            tensors |= _tensors(part, f"part/{name}")
+        self._checkpoint.save(tensors, {**self._state, "effort": self.effort.to_dict()})
+
+    def _score(self, score: Callable[[], float], best: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
+        value = score()
+        if not math.isfinite(value):
+            raise NonFiniteError(self.effort.steps, "the ELBO of the stop cells")
+        self.history[-1]["stop_elbo"] = value
+        if self._state["best_score"] is None or value > self._state["best_score"]:
+            self._state |= {"best_score": value, "best_epoch": epoch}
+            return _copy(self.model)
+        return best
+
+    def run(
+        self, phase: str, epoch: Callable[[int, torch.Generator], Epoch], epochs: int, *,
+        parts: Mapping[str, Part], score: Callable[[], float] | None = None, patience: int | None = None,
+        patient_from: int = 0, on_epoch: Callable[[Epoch], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Run a phase, or what is left of it; a phase that was left before is not entered again.
+
+        Parameters
+        ----------
+        phase
+            Its name, once in a run.
+        epoch
+            ``epoch(number, noise)`` trains for one epoch, numbered from 1 in this phase, and returns its row.
+        epochs
+            How many at most.
+        parts
+            What else changes: optimisers, critics.
+        score
+            The higher the better; the weights of the epoch where it is highest are the ones the phase ends with.
+        patience
+            Stop after this many epochs without a better score, counted from epoch ``patient_from`` at the earliest.
+        on_epoch
+            Called with each finished epoch's row (for progress).
+        """
+        if phase in self._state["phases"][:-1]:
+            return
+        self._enter(phase, parts)
+        best = {name.removeprefix("best/"): v for name, v in self._tensors.items() if name.startswith("best/")}
+        done = len(self.history) - self._state["start"]
+        while done < epochs:
+            if patience is not None and done - max(self._state["best_epoch"], patient_from) >= patience:
+                break
+            done += 1
+            with seeding.scope(self._seed, phase, "epoch", done) as noise:
+                row = epoch(done, noise)
+            self.history.append({"epoch": len(self.history) + 1, **row})
+            if score is not None:
+                best = self._score(score, best, done)
+            self._save(parts, best)
+            if on_epoch is not None:
+                on_epoch(self.history[-1])
+        if best:
+            self.model.load_state_dict(best)
+        self.model.eval()
 
 
-def _unpack(tensors: dict[str, Tensor], model: VAE, optimiser: torch.optim.Adam) -> dict[str, Tensor]:
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-    model.load_state_dict(part("model/"))
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in part("adam/").items():
-        index, slot = name.split("/")
-        slots.setdefault(int(index), {})[slot] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": slots})
-    return part("best/")
-
-
-def _train_epoch(  # noqa: PLR0917
-    model: VAE, task: VaeTask, cells: IntArray, settings: TrainingSettings, optimiser: torch.optim.Adam,
-    noise: torch.Generator, beta: float, first_step: int,
+def train_epoch(  # noqa: PLR0917
+    model: VAE, task: VaeTask, cells: IntArray, settings: TrainingSettings, optimiser: Optimizer,
+    noise: torch.Generator, effort: Effort, *, beta: float = 1.0, cell_set: str = "retain",
 ) -> Epoch:  # fmt: skip
-    """Make one pass over the cells in random order; return the mean loss and its parts."""
+    """Make one pass over the cells in random order, minimising the mean loss; return the mean loss and its parts."""
     model.train()
     sums = np.zeros(3)
-    order = cells[torch.randperm(len(cells), generator=noise).numpy()]
-    for step, start in enumerate(range(0, len(order), settings.batch_size), first_step):
-        batch = task.batch(order[start : start + settings.batch_size])
-        loss = task.loss(model, batch, noise, beta=beta, free_bits=settings.free_bits)
-        optimiser.zero_grad(set_to_none=True)
-        mean = loss.total.mean()
-        if not torch.isfinite(mean):
-            raise NonFiniteError(step, "the loss")
-        mean.backward()
-        optimiser.step()
-        sums += [float(part.detach().double().sum()) for part in loss]
-    total, reconstruction, kl = sums / len(order)
+    for part in batches(cells, settings.batch_size, noise):
+        loss = task.loss(model, task.batch(part), noise, beta=beta, free_bits=settings.free_bits)
+        descend(optimiser, loss.total.mean(), effort)
+        effort.count(cell_set, len(part))
+        sums += [float(piece.detach().double().sum()) for piece in loss]
+    total, reconstruction, kl = sums / len(cells)
     return {"train_loss": total, "train_elbo": reconstruction - kl, "kl": kl}
 
 
-def _goes_on(epochs: int, best_epoch: int, settings: TrainingSettings) -> bool:
-    """Say whether another epoch is due. Patience starts where warm-up ends: before, the objective is another one."""
-    waited = epochs - max(best_epoch, settings.kl_warmup_epochs)
-    return epochs < settings.max_epochs and waited < settings.patience
+def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    """The optimiser of every recipe."""
+    return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
 
 
 def fit(
     model: VAE, task: VaeTask, cells: IntArray, stop: IntArray, settings: TrainingSettings, *,
-    seed: int, checkpoint: Checkpoint | None = None, cell_set: str = "retain",
+    seed: int, checkpoint: Checkpoint | None = None, cell_set: str = "retain", loop: Loop | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> Trained:  # fmt: skip
     """Train a model in place by Adam on the negative ELBO, with early stopping.
@@ -159,11 +308,13 @@ def fit(
     cells, stop : ``[N]``, ``[N']``
         Cells to train on, and cells whose ELBO decides when to stop.
     seed
-        Names every random stream of the run, epoch by epoch: a resumed run draws what it would have drawn.
+        Names every random stream of the run.
     checkpoint
         Saved after each epoch; a saved state is taken up.
     cell_set
         Under which name the passes are counted.
+    loop
+        A run of which this is a further phase (fine-tuning after unlearning); ``seed`` and ``checkpoint`` are its own.
     on_epoch
         Called with each finished epoch's row (for progress).
 
@@ -177,31 +328,20 @@ def fit(
     NonFiniteError
         If a loss or the ELBO on ``stop`` is NaN or infinite.
     """
-    optimiser = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, fused=True)
-    best, state = _copy(model), State(history=[], best_elbo=None, best_epoch=0)
-    if checkpoint is not None and (saved := checkpoint.load()) is not None:
-        tensors, state = saved
-        best = _unpack(tensors, model, optimiser)
-    history: list[Epoch] = state["history"]
-    steps_per_epoch = -(-len(cells) // settings.batch_size)
-    while _goes_on(len(history), state["best_epoch"], settings):
-        epoch = len(history) + 1
-        beta = min(1.0, epoch / settings.kl_warmup_epochs) if settings.kl_warmup_epochs else 1.0
-        with seeding.scope(seed, "epoch", epoch) as noise:
-            row = _train_epoch(model, task, cells, settings, optimiser, noise, beta, (epoch - 1) * steps_per_epoch)
-        elbo = mean_elbo(task, model, stop)
-        if not np.isfinite(elbo):
-            raise NonFiniteError(epoch * steps_per_epoch, "the ELBO of the stop cells")
-        history.append({"epoch": epoch, "kl_weight": beta, **row, "stop_elbo": elbo})
-        if state["best_elbo"] is None or elbo > state["best_elbo"]:
-            state |= {"best_elbo": elbo, "best_epoch": epoch}
-            best = _copy(model)
-        if checkpoint is not None:
-            checkpoint.save(_pack(model, optimiser, best), state)
-        if on_epoch is not None:
-            on_epoch(history[-1])
-    model.load_state_dict(best)
-    model.eval()
-    done = len(history)
-    forward, backward = {cell_set: done * len(cells), "stop": done * len(stop)}, {cell_set: done * len(cells)}
-    return Trained(model, history, Effort(done * steps_per_epoch, Counter(forward), Counter(backward)))
+    loop = loop or Loop(model, seed=seed, checkpoint=checkpoint)
+    optimiser, effort = adam(model, settings.learning_rate), loop.effort
+
+    def epoch(number: int, noise: torch.Generator) -> Epoch:
+        beta = min(1.0, number / settings.kl_warmup_epochs) if settings.kl_warmup_epochs else 1.0
+        row = train_epoch(model, task, cells, settings, optimiser, noise, effort, beta=beta, cell_set=cell_set)
+        return {"kl_weight": beta, **row}
+
+    def score() -> float:
+        effort.count("stop", len(stop), backward=0)
+        return mean_elbo(task, model, stop)
+
+    loop.run(
+        "fit", epoch, settings.max_epochs, parts={"adam": optimiser}, score=score, patience=settings.patience,
+        patient_from=settings.kl_warmup_epochs, on_epoch=on_epoch,
+    )  # fmt: skip
+    return Trained(model, loop.history, effort)
