@@ -19,7 +19,8 @@ ARCHITECTURE: dict[str, Any] = {
     "hidden": [16, 8], "latent": 4, "likelihood": "nb", "dispersion": "gene-cell", "dropout": 0.1,
 }  # fmt: skip
 RECIPE: dict[str, Any] = {
-    "learning_rate": 1e-2, "batch_size": 32, "max_epochs": 4, "patience": 10, "kl_warmup_epochs": 3, "free_bits": 0.0,
+    "learning_rate": 1e-2, "schedule": "constant", "batch_size": 32, "max_epochs": 4, "patience": 10,
+    "kl_warmup_epochs": 3, "free_bits": 0.0,
 }  # fmt: skip
 
 

@@ -28,8 +28,22 @@ def population(workspace: Workspace, item: Item, failed: dict[str, str], *, rows
     """Results of a stage that makes models: seed 3 took 10 steps, seed 7 took 20."""
     folder = workspace.results(item.stage, *item.keys)
     seeds = {
-        "3": {"steps": 10, "passes": 100, "forward": {"retain": 50}, "epochs": 2, "stop_elbo": -5.0},
-        "7": {"steps": 20, "passes": 200, "forward": {"retain": 90}, "epochs": 3, "stop_elbo": -7.0},
+        "3": {
+            "steps": 10,
+            "passes": 100,
+            "forward": {"retain": 50},
+            "epochs": 2,
+            "stop_elbo": -5.0,
+            "facts": {"epsilon": 9.0, "guarantee": "none"},
+        },
+        "7": {
+            "steps": 20,
+            "passes": 200,
+            "forward": {"retain": 90},
+            "epochs": 3,
+            "stop_elbo": -7.0,
+            "facts": {"epsilon": 10.0, "guarantee": "none"},
+        },
     }
     artifacts.write_json(folder / "result.json", {"seeds": seeds, "failed": failed})
     costs = {seed: {"seconds": 0.5 * int(seed), "peak_memory_mb": 400.0} for seed in seeds}
@@ -64,6 +78,7 @@ def test_runs_of_models_nest_one_run_for_each_with_its_curve(workspace):
     assert run.params == {"seed": 42, "model.hidden": [16], "model.latent": 4, "lam": 1.0, "alpha": 10.0}
     assert run.metrics == {
         "model/steps": 15.0, "model/passes": 150.0, "model/epochs": 2.5, "model/stop_elbo": -6.0,
+        "model/forward/retain": 70.0, "model/facts/epsilon": 9.5,
         "cost/seconds": 2.5, "cost/peak_memory_mb": 400.0,
     }  # fmt: skip
     assert run.dataset == ("pbmc", "work/prepare/pbmc/cells.h5ad", "c" * 32, "unlearn")
@@ -71,11 +86,12 @@ def test_runs_of_models_nest_one_run_for_each_with_its_curve(workspace):
     assert [child.fingerprint for child in run.children] == [f"{UNLEARN.fingerprint}-{seed}" for seed in (3, 7, 5)]
     assert three.metrics == {
         "model/steps": 10.0, "model/passes": 100.0, "model/epochs": 2.0, "model/stop_elbo": -5.0,
+        "model/forward/retain": 50.0, "model/facts/epsilon": 9.0,
         "cost/seconds": 1.5, "cost/peak_memory_mb": 400.0,
     }  # fmt: skip
     assert three.curves == {epoch: {"train/stop_elbo": -3.0 * epoch, "train/kl": 0.1} for epoch in (1, 2)}
     assert sorted(seven.curves) == [1, 2, 3]
-    assert seven.tags == {**run.tags, "seed": "7"}
+    assert seven.tags == {**run.tags, "seed": "7", "fact.guarantee": "none"}
     assert five.tags == {**run.tags, "seed": "5", "failed": "the loss became NaN"}
     assert (five.metrics, five.curves) == ({}, {})
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from scipy import sparse
 from torch import Tensor
 
+from killing import KilledError, MemoryCheckpoint
 from scforget import seeding, training
 from scforget.artifacts import FileCheckpoint
 from scforget.data.splits import ForgetSets
@@ -25,27 +26,6 @@ from scforget.training import Effort, Trained, TrainingSettings, fit, mean_elbo
 
 MakeTask = Callable[..., VaeTask]
 Recipe = Callable[..., dict[str, Any]]
-
-
-class KilledError(Exception):
-    """A kill."""
-
-
-class MemoryCheckpoint:
-    """Keeps copies of what is saved; the process dies after the k-th save."""
-
-    def __init__(self, dies_at: int | None = None) -> None:
-        self.kept: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        self.saves, self.dies_at = 0, dies_at
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return copy.deepcopy(self.kept)
-
-    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.kept = copy.deepcopy(({name: value.clone() for name, value in tensors.items()}, state))
-        self.saves += 1
-        if self.saves == self.dies_at:
-            raise KilledError
 
 
 @pytest.fixture

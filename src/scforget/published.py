@@ -32,7 +32,8 @@ class FinetuneSettings(Settings):
     Attributes
     ----------
     patience
-        Epochs without a lower loss on ``validation_cells`` retained cells, which are trained on too.
+        Epochs without a lower loss on ``validation_cells`` retained cells (a tenth of them at most), which are
+        trained on too.
     """
 
     learning_rate: Annotated[float, Field(gt=0)]
@@ -64,7 +65,8 @@ def finetune(
 ) -> Trained:  # fmt: skip
     """Fine-tune on the retained cells; keep the epoch that is best on some of the very cells trained on."""
     generator = seeding.numpy_generator(seed, "validation")
-    validation = generator.choice(sets.retain, min(settings.validation_cells, len(sets.retain)), replace=False)
+    size = min(settings.validation_cells, max(1, len(sets.retain) // 10))
+    validation = generator.choice(sets.retain, size, replace=False)
     optimiser, effort = adam(model, settings.learning_rate), loop.effort
 
     def epoch(_number: int, noise: torch.Generator) -> Epoch:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from scforget import pictures, results
@@ -138,7 +139,15 @@ def _audit_runs(workspace: Workspace, item: Item, inputs: Inputs) -> list[Run]:
 
 def _curves(table: pd.DataFrame) -> dict[int, dict[str, float]]:
     rows = table.drop(columns="seed").to_dict("records")
-    return {int(row.pop("epoch")): {f"train/{key}": float(value) for key, value in row.items()} for row in rows}
+    return {
+        int(row.pop("epoch")): {f"train/{key}": float(value) for key, value in row.items() if np.isfinite(value)}
+        for row in rows
+    }  # phases of a run have columns of their own
+
+
+def _said(row: Record) -> dict[str, str]:
+    """What a method says of its model in words, as tags."""
+    return {f"fact.{key}": value for key, value in (row.get("facts") or {}).items() if isinstance(value, str)}
 
 
 def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
@@ -148,19 +157,19 @@ def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
     children = []
     for seed, row in result["seeds"].items():
         own = history[history["seed"] == int(seed)]
-        metrics = _numbers({k: v for k, v in row.items() if isinstance(v, int | float)}, "model/")
+        metrics = _numbers(row, "model/")
         metrics |= _numbers(costs["seeds"].get(seed, {}), "cost/")
         children.append(
-            Run(f"{item.keys[-1]} seed {seed}", f"{inputs.fingerprint}-{seed}", tags(item, seed=seed),
+            Run(f"{item.keys[-1]} seed {seed}", f"{inputs.fingerprint}-{seed}", tags(item, seed=seed, **_said(row)),
                 metrics=metrics, curves=_curves(own))
         )  # fmt: skip
     for seed, why in result["failed"].items():
         failed = tags(item, seed=seed, failed=why)
         children.append(Run(f"{item.keys[-1]} seed {seed}", f"{inputs.fingerprint}-{seed}", failed))
     metrics = {}
-    for prefix, content in (("model/", result), ("cost/", costs)):
-        table = pd.DataFrame(list(content["seeds"].values())).select_dtypes("number")
-        metrics |= {f"{prefix}{key}": float(value) for key, value in table.mean().items()}
+    described = [_numbers(row, "model/") for row in result["seeds"].values()]
+    for rows in (described, [_numbers(row, "cost/") for row in costs["seeds"].values()]):
+        metrics |= {str(key): float(value) for key, value in pd.DataFrame(rows).mean().items()}
     artifacts = _population_artifacts(folder, history, item.name)
     return Run(
         f"{' '.join(reversed(item.keys))} {item.stage}", inputs.fingerprint, tags(item), _params(inputs),

@@ -32,15 +32,29 @@ def _ratio(value: float | None, base: float | None) -> float | None:
     return value / base if value is not None and base else None
 
 
+def _facts(rows: list[Record]) -> Record:
+    """Mean of each number, and the words that all models share."""
+    facts = [row.get("facts") or {} for row in rows]
+    found: Record = {}
+    for key in facts[0] if facts else {}:
+        values = [row[key] for row in facts]
+        if all(isinstance(value, int | float) for value in values):
+            found[key] = fmean(values)
+        elif len(set(values)) == 1:
+            found[key] = values[0]
+    return found
+
+
 def cost(workspace: Workspace, dataset: str, scenario: str, method: str) -> Record:
     """Mean cost of one model of a population, and its ratio to the early-stopped retrain's.
 
     Returns
     -------
     dict
-        ``seconds``, ``peak_memory_mb`` (volatile), ``steps``, ``passes`` over cells, ``relative_change``
-        ‖θ − θ0‖/‖θ0‖, and ``seconds_ratio``, ``passes_ratio`` (1 = as dear as retraining). Timings that are not on
-        disk are ``None``.
+        ``models``, how many there are; means over them of ``seconds``, ``peak_memory_mb`` (volatile), ``steps``,
+        ``passes`` over cells, ``forward_forget``, ``backward_forget``, ``forward_retain``, ``backward_retain``,
+        ``relative_change`` ‖θ − θ0‖/‖θ0‖; ``seconds_ratio``, ``passes_ratio`` (1 = as dear as retraining); ``facts``,
+        what the method says of itself. Timings that are not on disk are ``None``.
     """
 
     def rows(name: str, file: str) -> list[Record]:
@@ -49,7 +63,14 @@ def cost(workspace: Workspace, dataset: str, scenario: str, method: str) -> Reco
 
     own, target = rows(method, "result.json"), rows("retrain", "result.json")
     own_times, target_times = rows(method, "cost.json"), rows("retrain", "cost.json")
-    found: Record = {key: _mean(own, key) for key in ("steps", "passes", "relative_change")}
+    found: Record = {"models": len(own) or None}
+    found |= {key: _mean(own, key) for key in ("steps", "passes", "relative_change")}
+    found |= {
+        f"{direction}_{cells}": _mean(({"n": (row.get(direction) or {}).get(cells, 0)} for row in own), "n")
+        for direction in ("forward", "backward")
+        for cells in ("forget", "retain")
+    }
+    found["facts"] = _facts(own)
     found |= {key: _mean(own_times, key) for key in ("seconds", "peak_memory_mb")}
     found["passes_ratio"] = _ratio(found["passes"], _mean(target, "passes"))
     found["seconds_ratio"] = _ratio(found["seconds"], _mean(target_times, "seconds"))

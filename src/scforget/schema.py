@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -33,7 +33,8 @@ class PipelineSettings(Settings):
     def _known(cls, names: list[str]) -> list[str]:
         for name in names:
             if name not in METHODS:
-                raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+                known = [method for method in METHODS if not method.endswith("_published")]
+                raise ValueError(f"unknown method {name!r}; known: {', '.join(known)}; most also as NAME_published")
         return names
 
 
@@ -71,9 +72,14 @@ UnlearnSettings = create_model("UnlearnSettings", __base__=Settings, **_unlearn_
 
 
 class Params(Settings):
-    """The whole of ``params.yaml``."""
+    """The whole of ``params.yaml``.
+
+    ``protocol: published`` repeats the single-cell paper as it was made: of each method its published variant, and
+    controls matched by a sampled z.
+    """
 
     seed: int
+    protocol: Literal["canonical", "published"]
     pipeline: PipelineSettings
     downloads: dict[Name, str | None]
     datasets: dict[Name, DatasetSettings]
@@ -91,6 +97,15 @@ class Params(Settings):
             for scenario in self.pipeline.scenarios:
                 if scenario not in known:
                     raise ValueError(f"datasets.{dataset}.scenarios lacks {scenario!r}; it has {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _of_one_protocol(self) -> Params:
+        if self.protocol == "published":
+            for name in self.pipeline.methods:
+                if f"{name}_published" in METHODS:
+                    why = f"pipeline.methods: protocol published runs {name}_published, not {name}"
+                    raise ValueError(f"{why}; `scforget profile published` names them all")
         return self
 
 

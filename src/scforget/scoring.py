@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from scforget import artifacts, loading, parallel
+from scforget import artifacts, loading, parallel, seeding
 from scforget.arrays import BoolArray, FloatArray, IntArray
 from scforget.artifacts import Workspace
 from scforget.attacks import ATTACKS
@@ -58,6 +58,7 @@ class Scorer:
         cells, genes, markers = loading.load_cells(workspace, dataset)
         self._settings = params.audit
         self._seed = params.seed
+        self._samples_latent = params.protocol == "published"
         self._task = loading.make_task(cells, genes, params.datasets[dataset].model)
         self._markers = np.flatnonzero(np.isin(genes, markers)).astype(np.int64)
         self._scenario = loading.load_scenario(workspace, dataset, scenario)
@@ -87,12 +88,21 @@ class Scorer:
             scored = iter(parallel.each(self._score, [p for paths in groups for p in paths], progress.advance))
         return [_stack([next(scored) for _ in paths]) for paths in groups]
 
-    def groups(self, originals: Population) -> Groups:
-        """Forget cells and the three kinds of control among the scored cells; neighbours by the first original."""
+    def groups(self, folder: Path) -> Groups:
+        """Forget cells and the three kinds of control among the scored cells; neighbours by the first original.
+
+        Neighbours are by posterior means, or by one draw of each posterior under ``protocol: published``.
+        """
+        first = min(folder.glob("*.safetensors"), key=lambda path: int(path.stem))
+        signals = self._task.signals(loading.load_model(self._task, first), self.cells)
+        latent = signals.mu
+        if self._samples_latent:
+            noise = seeding.numpy_generator(self._seed, "matched", self._name)
+            latent = latent + np.exp(0.5 * signals.log_var) * noise.standard_normal(latent.shape)
         unseen = ~self._is_forget
         matched = unseen.copy()
         matched[unseen] = controls.matched_knn(
-            originals.latent[self._is_forget], originals.latent[unseen], self._settings.matched_neighbours
+            latent[self._is_forget], latent[unseen], self._settings.matched_neighbours
         )
         same_group = unseen & np.isin(self.cells, self._scenario.controls)
         return Groups(self._is_forget, {"same_group": same_group, "matched_knn": matched, "all_unseen": unseen})

@@ -160,7 +160,7 @@ def machine() -> Record:
 def _training_summary(trained: Trained) -> Record:
     scored = [row for row in trained.history if "stop_elbo" in row]
     best = max(scored, key=lambda row: row["stop_elbo"], default=None)
-    found: Record = {**trained.effort.to_dict(), "epochs": len(trained.history), **trained.facts}
+    found: Record = {**trained.effort.to_dict(), "epochs": len(trained.history), "facts": trained.facts}
     if best is not None:
         found |= {"best_epoch": int(best["epoch"]), "stop_elbo": best["stop_elbo"]}
     return found
@@ -319,7 +319,7 @@ def reference(dataset: str, scenario: str) -> None:
     scorer = scoring.Scorer(workspace, context.params, dataset, scenario)
     folders = workspace.work("train", dataset), workspace.work("retrain", dataset, scenario)
     originals, retrains = scorer.populations(*folders)
-    groups = scorer.groups(originals)
+    groups = scorer.groups(folders[0])
     seed = context.params.seed  # not the item's: the null band of a scenario is one and the same for all methods
     records = {
         "original": assess.judge(

@@ -14,7 +14,7 @@ import torch
 from scipy import sparse
 from scipy.special import logsumexp
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from scforget import seeding
 from scforget.arrays import FloatArray, IntArray
@@ -87,12 +87,13 @@ def nb_kl(log_mean: Tensor, other_log_mean: Tensor, log_inverse_dispersion: Tens
 
     Notes
     -----
-    μ log(μ/μ') − (μ + r) log((μ + r)/(μ' + r)), through logarithms of sums, so that no mean is too small.
+    μ log(μ/μ') − (μ + r) log((μ + r)/(μ' + r)); the second logarithm is taken of 1 + μ/r and 1 + μ'/r, so that nothing
+    cancels as r → ∞.
     """
     log_r = log_inverse_dispersion.clamp(-LOG_INVERSE_DISPERSION_LIMIT, LOG_INVERSE_DISPERSION_LIMIT)
     mean, r = log_mean.exp(), log_r.exp()
     return mean * (log_mean - other_log_mean) - (mean + r) * (
-        torch.logaddexp(log_mean, log_r) - torch.logaddexp(other_log_mean, log_r)
+        softplus(log_mean - log_r) - softplus(other_log_mean - log_r)
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from scforget.tasks import VaeTask
 
 State = dict[str, Any]
 Epoch = dict[str, float]
+_WARM_UP = 0.15  # of a one-cycle run
 #: Something that changes from epoch to epoch and must survive a kill.
 Part = nn.Module | Optimizer
 
@@ -33,6 +34,11 @@ class TrainingSettings(Settings):
 
     Attributes
     ----------
+    learning_rate
+        Adam's; the highest one under ``one_cycle``.
+    schedule
+        ``constant``, or ``one_cycle`` (:func:`one_cycle`) over ``max_epochs``: what a short run of known length
+        wants.
     max_epochs
         Upper limit; 0 returns the model as it came.
     patience
@@ -45,6 +51,7 @@ class TrainingSettings(Settings):
     """
 
     learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["constant", "one_cycle"]
     batch_size: Annotated[int, Field(gt=0)]
     max_epochs: Annotated[int, Field(ge=0)]
     patience: Annotated[int, Field(gt=0)]
@@ -277,18 +284,51 @@ class Loop:
 
 def train_epoch(  # noqa: PLR0917
     model: VAE, task: VaeTask, cells: IntArray, settings: TrainingSettings, optimiser: Optimizer,
-    noise: torch.Generator, effort: Effort, *, beta: float = 1.0, cell_set: str = "retain",
+    noise: torch.Generator, effort: Effort, *, rates: Sequence[float] | None = None, beta: float = 1.0,
+    cell_set: str = "retain",
 ) -> Epoch:  # fmt: skip
-    """Make one pass over the cells in random order, minimising the mean loss; return the mean loss and its parts."""
+    """Make one pass over the cells in random order, minimising the mean loss; return the mean loss and its parts.
+
+    ``rates`` gives the learning rate of each step; without it the optimiser's own stays.
+    """
     model.train()
     sums = np.zeros(3)
-    for part in batches(cells, settings.batch_size, noise):
+    for step, part in enumerate(batches(cells, settings.batch_size, noise)):
+        if rates is not None:
+            optimiser.param_groups[0]["lr"] = rates[step]
         loss = task.loss(model, task.batch(part), noise, beta=beta, free_bits=settings.free_bits)
         descend(optimiser, loss.total.mean(), effort)
         effort.count(cell_set, len(part))
         sums += [float(piece.detach().double().sum()) for piece in loss]
     total, reconstruction, kl = sums / len(cells)
     return {"train_loss": total, "train_elbo": reconstruction - kl, "kl": kl}
+
+
+def one_cycle(progress: float) -> float:
+    """Learning rate at a point of a run, as a fraction of the highest one.
+
+    Parameters
+    ----------
+    progress : in (0, 1]
+        Steps done, this one included, over all steps.
+
+    Notes
+    -----
+    Linear warm-up over the first 15 %, then half a cosine to 0.1 % (after Smith and Topin 2017, whose super-convergence
+    it serves: a high rate for most of a short run, a vanishing one at its end).
+    """
+    if progress < _WARM_UP:
+        return progress / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP))) + 1e-3
+
+
+def rates(settings: TrainingSettings, cells: int, epoch: int) -> list[float]:
+    """Learning rate of each step of an epoch, numbered from 1, over so many cells."""
+    steps = -(-cells // settings.batch_size)
+    if settings.schedule == "constant":
+        return [settings.learning_rate] * steps
+    total = settings.max_epochs * steps
+    return [settings.learning_rate * one_cycle(((epoch - 1) * steps + k) / total) for k in range(1, steps + 1)]
 
 
 def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
@@ -333,7 +373,10 @@ def fit(
 
     def epoch(number: int, noise: torch.Generator) -> Epoch:
         beta = min(1.0, number / settings.kl_warmup_epochs) if settings.kl_warmup_epochs else 1.0
-        row = train_epoch(model, task, cells, settings, optimiser, noise, effort, beta=beta, cell_set=cell_set)
+        row = train_epoch(
+            model, task, cells, settings, optimiser, noise, effort,
+            rates=rates(settings, len(cells), number), beta=beta, cell_set=cell_set,
+        )  # fmt: skip
         return {"kl_weight": beta, **row}
 
     def score() -> float:

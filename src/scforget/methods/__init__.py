@@ -1,7 +1,8 @@
 """Unlearning methods: one file each, with its settings and one function; this registry names them all.
 
 A method gets a copy of the original that is its own to change, the task, the cell sets of the request, its settings,
-a seed and a checkpoint, and returns a :class:`~scforget.training.Trained`.
+a seed and a checkpoint, and returns a :class:`~scforget.training.Trained`. ``NAME_published`` is what the single-cell
+paper's released code does under that name, kept for comparison; it departs from the papers it cites.
 """
 
 from __future__ import annotations
@@ -9,7 +10,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from scforget.methods import partial_reset, retain_finetune, ssd
+from scforget.methods import (
+    contrastive_latent,
+    contrastive_latent_published,
+    dp_sgd,
+    dp_sgd_published,
+    extragradient,
+    extragradient_published,
+    fisher_scrub,
+    fisher_scrub_published,
+    frozen_critics,
+    frozen_critics_published,
+    gradient_ascent,
+    gradient_ascent_published,
+    influence,
+    noisy_finetune,
+    partial_reset,
+    reset_distill,
+    retain_finetune,
+    retain_finetune_published,
+    retrain_published,
+    scrub,
+    scrub_published,
+    shrink_perturb,
+    sisa,
+    ssd,
+    ssd_published,
+)
 from scforget.settings import Settings
 from scforget.training import Trained
 
@@ -25,6 +52,41 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "retain_finetune": Method(retain_finetune.RetainFinetuneSettings, retain_finetune.retain_finetune),
-    "partial_reset": Method(partial_reset.PartialResetSettings, partial_reset.partial_reset),
+    "gradient_ascent": Method(gradient_ascent.GradientAscentSettings, gradient_ascent.gradient_ascent),
+    "frozen_critics": Method(frozen_critics.FrozenCriticsSettings, frozen_critics.frozen_critics),
+    "extragradient": Method(extragradient.ExtragradientSettings, extragradient.extragradient),
+    "fisher_scrub": Method(fisher_scrub.FisherScrubSettings, fisher_scrub.fisher_scrub),
     "ssd": Method(ssd.SSDSettings, ssd.ssd),
+    "contrastive_latent": Method(contrastive_latent.ContrastiveLatentSettings, contrastive_latent.contrastive_latent),
+    "scrub": Method(scrub.ScrubSettings, scrub.scrub),
+    "dp_sgd": Method(dp_sgd.DPSGDSettings, dp_sgd.dp_sgd),
+    "sisa": Method(sisa.SISASettings, sisa.sisa),
+    "noisy_finetune": Method(noisy_finetune.NoisyFinetuneSettings, noisy_finetune.noisy_finetune),
+    "influence": Method(influence.InfluenceSettings, influence.influence),
+    "partial_reset": Method(partial_reset.PartialResetSettings, partial_reset.partial_reset),
+    "reset_distill": Method(reset_distill.ResetDistillSettings, reset_distill.reset_distill),
+    "shrink_perturb": Method(shrink_perturb.ShrinkPerturbSettings, shrink_perturb.shrink_perturb),
+    "retain_finetune_published": Method(
+        retain_finetune_published.RetainFinetunePublishedSettings, retain_finetune_published.retain_finetune_published
+    ),
+    "gradient_ascent_published": Method(
+        gradient_ascent_published.GradientAscentPublishedSettings, gradient_ascent_published.gradient_ascent_published
+    ),
+    "frozen_critics_published": Method(
+        frozen_critics_published.FrozenCriticsPublishedSettings, frozen_critics_published.frozen_critics_published
+    ),
+    "extragradient_published": Method(
+        extragradient_published.ExtragradientPublishedSettings, extragradient_published.extragradient_published
+    ),
+    "fisher_scrub_published": Method(
+        fisher_scrub_published.FisherScrubPublishedSettings, fisher_scrub_published.fisher_scrub_published
+    ),
+    "ssd_published": Method(ssd_published.SSDPublishedSettings, ssd_published.ssd_published),
+    "contrastive_latent_published": Method(
+        contrastive_latent_published.ContrastiveLatentPublishedSettings,
+        contrastive_latent_published.contrastive_latent_published,
+    ),
+    "scrub_published": Method(scrub_published.ScrubPublishedSettings, scrub_published.scrub_published),
+    "dp_sgd_published": Method(dp_sgd_published.DPSGDPublishedSettings, dp_sgd_published.dp_sgd_published),
+    "retrain_published": Method(retrain_published.RetrainPublishedSettings, retrain_published.retrain_published),
 }

@@ -14,6 +14,8 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from scforget.report import details
+from scforget.report.details import words
 from scforget.report.tables import (
     DASH,
     DISPLAY_COLUMNS,
@@ -149,7 +151,7 @@ def _scenario(scenario: Mapping[str, Any], overall: Context) -> dict[str, Any]:
         "open": [figure for figure in figures if figure["open"]],
         "closed": [figure for figure in figures if not figure["open"]],
         "rows": [] if table is None else _rows(table),
-        "details": [table for table in (_primary(audits), _attacks(audits), _utility(audits)) if table["rows"]],
+        "details": [table for table in details.tables(audits) if table["rows"]],
         # What the whole run says already is not said again.
         "provenance": _provenance({key: context[key] for key in context if context[key] != overall.get(key)}),
         "params": "" if context.get("params") == overall.get("params") else _json(context.get("params")),
@@ -166,9 +168,9 @@ def _question(context: Context, audits: Audits) -> list[tuple[str, str]]:
     for method in ordered(audits):
         models.setdefault(number(value(audits[method], "models"), 0), []).append(method)
     return [
-        ("Forget", f"{_words(context.get('n_forget'))} cells of {_words(context.get('dataset'))}"),
-        ("Which", f"{KINDS.get(str(kind), _words(kind))} ({_words(kind)})"),
-        ("Compared with", ", ".join(f"{_words(n)} {key}" for key, n in groups.items() if key != "forget") or DASH),
+        ("Forget", f"{words(context.get('n_forget'))} cells of {words(context.get('dataset'))}"),
+        ("Which", f"{KINDS.get(str(kind), words(kind))} ({words(kind)})"),
+        ("Compared with", ", ".join(f"{words(n)} {key}" for key, n in groups.items() if key != "forget") or DASH),
         ("Models", "; ".join(f"{n} each of {', '.join(methods)}" for n, methods in models.items()) or DASH),
     ]
 
@@ -199,7 +201,7 @@ def _card(method: str, audit: Audit) -> dict[str, Any]:
         ("Trace", _evidence(audit, "trace", 2)),
         (
             "Utility",
-            f"{_words(dig(audit, 'utility', 'verdict'))}; marker r {number(value(outside, 'marker_r'))}, "
+            f"{words(dig(audit, 'utility', 'verdict'))}; marker r {number(value(outside, 'marker_r'))}, "
             f"ELBO {number(value(outside, 'elbo'), 1)}",
         ),
         ("Cost", _cost(audit)),
@@ -207,12 +209,12 @@ def _card(method: str, audit: Audit) -> dict[str, Any]:
     ]
     modes = dig(audit, "failure_modes") or []
     failed = dig(audit, "failed_seeds") or {}
-    notes = [f"Failure mode: {_words(modes)}"] if modes else []
+    notes = [f"Failure mode: {words(modes)}"] if modes else []
     notes += [f"Seed {seed} failed: {why}" for seed, why in sorted(failed.items(), key=str)]
     return {
         "method": method,
         "look": seen,
-        "explanation": _words(dig(audit, "explanation")),
+        "explanation": words(dig(audit, "explanation")),
         "facts": facts,
         "notes": notes,
         "reference": method in REFERENCES,
@@ -263,68 +265,6 @@ def _figures(figures: Mapping[str, str | bytes]) -> list[dict[str, Any]]:
     return sorted(views, key=lambda view: view["rank"])
 
 
-def _primary(audits: Audits) -> dict[str, Any]:
-    """Tabulate all that is known of the two statistics that decide."""
-    head = ["method", "statistic", "mean", "retrains' mean", "difference", "90 % interval", "margin"]
-    head += ["p (TOST)", "power", "noise floor", "side", "models needed (times as many)"]
-    rows = []
-    for method in ordered(audits):
-        for key, digits in (("membership", 3), ("trace", 2)):
-            found = dig(audits[method], "primary", key)
-            if found is None:
-                continue
-            numbers = [number(value(found, part), digits) for part in ("mean", "target_mean", "difference")]
-            rest = [number(value(found, part), digits) for part in ("margin", "p_tost", "power", "noise_floor")]
-            needed = _words(dig(found, "models_needed"))
-            interval = span(bounds(found, "interval"), digits)
-            rows.append([method, key, *numbers, interval, *rest, _words(dig(found, "side")), needed])
-    return {"title": "The two statistics that decide", "head": head, "rows": rows}
-
-
-def _attacks(audits: Audits) -> dict[str, Any]:
-    """Tabulate every attack against every control group, model by model."""
-    head = ["attack", "controls", "method", "AUC", "interval", "advantage", "null mean, 95 %", "AUC of each model"]
-    rows = [
-        [
-            attack,
-            group,
-            method,
-            number(value(found, "auc")),
-            span(bounds(found, "interval")),
-            number(value(found, "advantage")),
-            span((value(found, "null", "mean"), value(found, "null", "q95"))),
-            " ".join(number(value({"auc": auc}, "auc"), 2) for auc in dig(found, "per_seed") or []) or DASH,
-        ]
-        for method in ordered(audits)
-        for attack, groups in (dig(audits[method], "attacks") or {}).items()
-        for group, found in (groups or {}).items()
-    ]
-    place = {method: i for i, method in enumerate(ordered(audits))}
-    return {
-        "title": "Every attack, every control group, every model",
-        "head": head,
-        "rows": sorted(rows, key=lambda row: (row[0], row[1], place[row[2]])),
-    }
-
-
-def _utility(audits: Audits) -> dict[str, Any]:
-    """Tabulate utility outside and inside the forgotten group, a column for each method."""
-    methods = ordered(audits)
-    found = [
-        (where, metric)
-        for where in ("outside", "inside")
-        for metric in sorted({m for audit in audits.values() for m in dig(audit, "utility", where) or {}})
-    ]
-    rows = [
-        [
-            f"{metric}, {where} the group",
-            *(f"{number(value(audits[m], 'utility', where, metric))}" for m in methods),
-        ]
-        for where, metric in found
-    ]
-    return {"title": "Utility on unseen cells", "head": ["mean over models", *methods], "rows": rows}
-
-
 def _overview(scenarios: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Cross all methods with all scenarios, so that a reader of many scenarios sees the whole first."""
     methods: dict[str, None] = {}
@@ -338,10 +278,10 @@ def _limits(scenario: Mapping[str, Any]) -> list[str]:
     """List what weakens the evidence of a scenario: few cells, low power, failed seeds, open verdicts."""
     audits: Audits = dig(scenario, "audits") or {}
     name, found = _name(scenario), []
-    for group, words in (("forget", "forget cells"), ("same_group", "controls of the same group")):
+    for group, what in (("forget", "forget cells"), ("same_group", "controls of the same group")):
         sizes = [value(audit, "groups", group) for audit in audits.values()]
         if (size := min((n for n in sizes if math.isfinite(n)), default=math.inf)) < SMALL_GROUP:
-            found.append(f"{name}: only {number(size, 0)} {words}; an AUC of so few cells moves by chance.")
+            found.append(f"{name}: only {number(size, 0)} {what}; an AUC of so few cells moves by chance.")
     for method in ordered(audits):
         for key in ("membership", "trace"):
             if (power := value(audits[method], "primary", key, "power")) < LOW_POWER:
@@ -356,21 +296,10 @@ def _limits(scenario: Mapping[str, Any]) -> list[str]:
 
 
 def _provenance(context: Context) -> list[tuple[str, str]]:
-    known = [(label, _words(context[key])) for key, label in PROVENANCE.items() if context.get(key) is not None]
+    known = [(label, words(context[key])) for key, label in PROVENANCE.items() if context.get(key) is not None]
     asked = {*PROVENANCE, "params", "dataset", "scenario", "kind", "n_forget"}
-    return known + [(str(key), _words(context[key])) for key in sorted(set(context) - asked, key=str)]
+    return known + [(str(key), words(context[key])) for key in sorted(set(context) - asked, key=str)]
 
 
 def _json(params: object) -> str:
     return json.dumps(plain(params), indent=2, sort_keys=True, ensure_ascii=False) if params else ""
-
-
-def _words(found: object) -> str:
-    """Write any plain value as words; an en dash when there is none."""
-    if isinstance(found, Mapping):
-        return "; ".join(f"{key}: {_words(found[key])}" for key in found) or DASH
-    if isinstance(found, list | tuple):
-        return ", ".join(map(_words, found)) or DASH
-    if found is None or found == "" or (isinstance(found, float) and math.isnan(found)):
-        return DASH
-    return f"{found:.3g}" if isinstance(found, float) else str(found)

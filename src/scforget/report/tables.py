@@ -210,6 +210,7 @@ def _row(method: str, audit: Audit) -> dict[str, Any]:
     trace_lo, trace_hi = bounds(primary, "trace", "interval")
     return {
         "method": method,
+        "failed": len(dig(audit, "failed_seeds") or {}),
         "auc": value(elbo, "auc"),
         "auc_lo": auc_lo,
         "auc_hi": auc_hi,
@@ -276,7 +277,7 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
 
     rows = [
         {
-            "method": row["method"],
+            "method": f"{row['method']}\n{row['failed']} diverged" if row["failed"] else row["method"],
             "AUC": f"{number(row['auc'])}\n{span((row['auc_lo'], row['auc_hi']))}",
             "signed": number(row["signed"], sign=True),
             "advantage": f"{number(row['advantage'])}\nnull {number(row['null_mean'])}, {number(row['null_q95'])}",
