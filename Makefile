@@ -28,8 +28,8 @@ repro: $(BIN)/.installed data/pbmc68k ## run the whole pipeline and print the re
 	@scforget show
 
 test: $(BIN)/.installed-dev ## lint, types, layers, tests
-	ruff check src tests
-	ruff format --check src tests
+	ruff check src tests bench
+	ruff format --check src tests bench
 	mypy
 	lint-imports
 	pytest --numprocesses 2 --dist loadgroup

@@ -302,7 +302,15 @@ def test_kept_loss_must_be_a_measure(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("number", 4), ("number", True), ("hidden", []), ("hidden", [0]), ("dropout", 1.0), ("learning_rate", 0.0), ("steps", -1)],
+    [
+        ("number", 4),
+        ("number", True),
+        ("hidden", []),
+        ("hidden", [0]),
+        ("dropout", 1.0),
+        ("learning_rate", 0.0),
+        ("steps", -1),
+    ],
 )
 def test_critic_settings_refuse_what_is_out_of_range(key: str, value: object) -> None:
     with pytest.raises(ValidationError, match=key):

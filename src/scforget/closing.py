@@ -12,7 +12,7 @@ from rich.console import Console
 from scforget import artifacts, pictures, replay, results, schema
 from scforget.artifacts import Workspace
 from scforget.pipeline import Pipeline
-from scforget.report import figures, page, tables
+from scforget.report import comparisons, figures, page, tables
 from scforget.results import Record
 from scforget.tracking import Store
 
@@ -27,9 +27,9 @@ def _drawn(
 ) -> dict[str, Figure]:
     """Every figure of a scenario, by file stem."""
     drawn = {
-        "distance_to_target": figures.distance_to_target(audits),
-        "cost_against_trace": figures.cost_against_trace(audits),
-        "attack_grid": figures.attack_grid(audits),
+        "distance_to_target": comparisons.distance_to_target(audits),
+        "cost_against_trace": comparisons.cost_against_trace(audits),
+        "attack_grid": comparisons.attack_grid(audits),
     }
     for method in audits:
         for name, figure in pictures.audited(workspace, dataset, scenario, method).items():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import betabinom
 
 from scforget.errors import DataError, EmptyGroupError
-from scforget.report import figures, tables
+from scforget.report import comparisons, figures, tables
 
 
 def texts(figure):
@@ -35,9 +35,9 @@ def draw(audits, scores, history):
         "roc": lambda: figures.roc({"original": (members, controls), "a<b": (members[:, :9], controls)}, "t"),
         "score_histograms": lambda: figures.score_histograms(members, controls, retrain, title="t"),
         "umap": lambda: figures.umap(xy, labels, labels == "NK <56>", "t & u"),
-        "distance_to_target": lambda: figures.distance_to_target(audits),
-        "cost_against_trace": lambda: figures.cost_against_trace(audits),
-        "attack_grid": lambda: figures.attack_grid(audits),
+        "distance_to_target": lambda: comparisons.distance_to_target(audits),
+        "cost_against_trace": lambda: comparisons.cost_against_trace(audits),
+        "attack_grid": lambda: comparisons.attack_grid(audits),
     }
     xy = rng.normal(size=(120, 2))
     return everything
@@ -193,7 +193,7 @@ def test_umap_marks_the_forget_cells_and_names_the_groups(draw):
 
 
 def test_distance_to_target_draws_differences_intervals_and_margins(audits):
-    figure = figures.distance_to_target(audits)
+    figure = comparisons.distance_to_target(audits)
     for axes, key, margin in zip(figure.axes, ("membership", "trace"), (0.02, 1.0), strict=True):
         found = {int(at[1]): (at[0], bar[:, 0]) for at, bar in points(axes)}
         for row, method in enumerate(tables.ordered(audits)):
@@ -211,22 +211,22 @@ def test_distance_to_target_draws_differences_intervals_and_margins(audits):
 
 
 def test_distance_to_target_compresses_the_axis_of_a_wrecked_model(audits):
-    assert figures.distance_to_target(audits).axes[1].get_xscale() == "linear"
+    assert comparisons.distance_to_target(audits).axes[1].get_xscale() == "linear"
     audits["gradient_ascent"]["primary"]["trace"].update(difference=-1e5, interval=[-2e5, -1e4])
-    figure = figures.distance_to_target(audits)
+    figure = comparisons.distance_to_target(audits)
     assert [axes.get_xscale() for axes in figure.axes] == ["linear", "symlog"]
     figures.png_bytes(figure, dpi=50)
 
 
 def test_distance_to_target_turns_its_words_with_the_original(audits):
-    assert "remembered  →" in figures.distance_to_target(audits).axes[0].get_xlabel()
+    assert "remembered  →" in comparisons.distance_to_target(audits).axes[0].get_xlabel()
     audits["original"]["primary"]["membership"]["difference"] = -0.2
-    assert "←  remembered" in figures.distance_to_target(audits).axes[0].get_xlabel()
+    assert "←  remembered" in comparisons.distance_to_target(audits).axes[0].get_xlabel()
 
 
 def test_cost_against_trace_shows_methods_with_a_cost_and_the_original_as_a_line(audits):
     audits["ssd"]["cost"]["passes_ratio"] = None
-    figure = figures.cost_against_trace(audits)
+    figure = comparisons.cost_against_trace(audits)
     found = {tuple(at) for at, _ in points(figure.axes[0])}
     assert found == {(1.0, 0.0), (0.21, 0.3), (0.33, 1.2), (0.11, -6.4)}
     assert "original" in texts(figure)
@@ -237,12 +237,12 @@ def test_cost_against_trace_shows_methods_with_a_cost_and_the_original_as_a_line
 
 def test_attack_grid_outlines_what_is_outside_the_null_band(audits):
     audits["ssd"]["attacks"].pop("kl")
-    axes = figures.attack_grid(audits).axes[0]
+    axes = comparisons.attack_grid(audits).axes[0]
     order, attacks = tables.ordered(audits), ["elbo", "kl", "knn", "reconstruction"]
     cells = {(round(t.get_position()[1] - 0.5), round(t.get_position()[0] - 0.5)): t for t in axes.texts}
     assert len(cells) == 24
     for (i, j), text in cells.items():
-        record = audits[order[j]]["attacks"].get(attacks[i])
+        record = audits[order[i]]["attacks"].get(attacks[j])
         if record is None:
             assert text.get_text() == "–"
         else:
@@ -253,5 +253,5 @@ def test_attack_grid_outlines_what_is_outside_the_null_band(audits):
 def test_pictures_of_audits_survive_gaps(gaps):
     broken = list(gaps("ssd"))
     for audits in [*broken[::30], {}, {"ssd": {}}, {"retrain": {}}]:
-        for picture in (figures.distance_to_target, figures.cost_against_trace, figures.attack_grid):
+        for picture in (comparisons.distance_to_target, comparisons.cost_against_trace, comparisons.attack_grid):
             assert figures.png_bytes(picture(audits), dpi=30).startswith(b"\x89PNG")

@@ -5,10 +5,12 @@ Public surface
 tables
     ``summary`` (the JSON for Git), ``scenario_table``, ``display``, ``to_rich``, ``to_markdown``, ``to_csv``.
 figures
-    ``training_curves``, ``roc``, ``score_histograms``, ``umap``, ``distance_to_target``, ``cost_against_trace``,
-    ``attack_grid``; ``svg_text`` and ``png_bytes`` turn a figure into the same bytes every time.
-page
-    ``render``: the self-contained report, verdict first.
+    ``training_curves``, ``roc``, ``score_histograms``, ``umap``, of one model or population; ``svg_text`` and
+    ``png_bytes`` turn a figure into the same bytes every time.
+comparisons
+    ``distance_to_target``, ``cost_against_trace``, ``attack_grid``, of all methods; ``frontier``, of many recipes.
+page, details
+    ``render``: the self-contained report, verdict first; ``tables``: what it folds away.
 
 The room reads and writes no files: ``stages`` does.
 """

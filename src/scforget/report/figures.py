@@ -14,11 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from scforget.errors import DataError, EmptyGroupError
-from scforget.report.tables import PRIMARY_GROUP, Audit, Audits, bounds, dig, look, margin, number, ordered, value
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
@@ -45,7 +43,9 @@ STYLE = {
 }
 
 
-def _styled(draw: Callable[P, R]) -> Callable[P, R]:
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Draw in the style of the project, whatever matplotlib is set to."""
+
     @wraps(draw)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         from matplotlib import rc_context
@@ -56,7 +56,8 @@ def _styled(draw: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """Return an empty figure of so many inches, outside pyplot's registry."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -65,7 +66,7 @@ def _figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def png_bytes(figure: Figure, *, dpi: int = 144) -> bytes:
     """Return a figure as PNG; the same figure gives the same bytes (no date, no software version)."""
     buffer = io.BytesIO()
@@ -73,7 +74,7 @@ def png_bytes(figure: Figure, *, dpi: int = 144) -> bytes:
     return buffer.getvalue()
 
 
-@_styled
+@styled
 def svg_text(figure: Figure) -> str:
     """Return a figure as SVG, text drawn as paths; the same figure gives the same text (no date, salted ids)."""
     buffer = io.StringIO()
@@ -81,7 +82,7 @@ def svg_text(figure: Figure) -> str:
     return buffer.getvalue()
 
 
-@_styled
+@styled
 def training_curves(history: pd.DataFrame, title: str) -> Figure:
     """Draw ELBO and KL over epochs: a thin line for each seed, a thick one for their mean.
 
@@ -99,7 +100,7 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
     """
     if history.empty or not {"seed", "epoch"} <= set(history.columns):
         raise DataError("training history", f"{len(history)} rows of {list(history.columns)}", "rows with seed, epoch")
-    figure = _figure(7.2, 2.9, title)
+    figure = new_figure(7.2, 2.9, title)
     left, right = figure.subplots(1, 2)
     for axes, column, label, colour, dash in (
         (left, "train_elbo", "training cells", SERIES[1], DASHES[1]),
@@ -166,7 +167,7 @@ def roc_points(members: FloatArray, controls: FloatArray) -> tuple[FloatArray, F
     return np.append((ranks - 1) / controls.shape[1], 1.0), rates
 
 
-@_styled
+@styled
 def roc(curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], title: str = "") -> Figure:
     """Draw ROC curves on linear and logarithmic axes: the mean over models, and the range of the models as a band.
 
@@ -187,7 +188,7 @@ def roc(curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], title: str = 
         raise EmptyGroupError("ROC", {name: [s.shape for s in pair] for name, pair in scores.items()}, "scored cells")
     if bad := [m for m, (f, u) in scores.items() if len(f) != len(u) or not np.isfinite([*f.flat, *u.flat]).all()]:
         raise DataError("ROC scores", bad, "finite scores of members and controls under the same models")
-    figure = _figure(7.2, 4.3, title)
+    figure = new_figure(7.2, 4.3, title)
     panels = figure.subplots(1, 2)
     n_members, n_controls = (s.shape[1] for s in next(iter(scores.values())))
     band = np.column_stack([null_band(n_members, n_controls, _ranks(n_controls)), [1, 1]])
@@ -211,7 +212,7 @@ def roc(curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], title: str = 
     return figure
 
 
-@_styled
+@styled
 def score_histograms(
     forget: npt.ArrayLike, controls: npt.ArrayLike, retrain_forget: npt.ArrayLike, *, title: str = "",
     label: str = "ELBO at z = μ (nats per cell)",
@@ -242,7 +243,7 @@ def score_histograms(
     if not all(s.size for s in scores):
         raise EmptyGroupError("score histogram", [s.shape for s in scores], "finite scores in each group")
     edges = np.histogram_bin_edges(np.concatenate([s.ravel() for s in scores]), bins=30)
-    figure = _figure(7.2, 3.4, title)
+    figure = new_figure(7.2, 3.4, title)
     panels = figure.subplots(3, 1, sharex=True, sharey=True)
     for axes, (name, _, colour), s in zip(panels, rows, scores, strict=True):
         axes.hist(s.ravel(), edges, density=True, histtype="stepfilled", facecolor=colour + "33", edgecolor=colour)
@@ -256,7 +257,7 @@ def score_histograms(
     return figure
 
 
-@_styled
+@styled
 def umap(coordinates: npt.ArrayLike, labels: npt.ArrayLike, highlight: npt.ArrayLike, title: str) -> Figure:
     """Draw cells in two dimensions, groups named where they lie, forget cells as dark-rimmed triangles.
 
@@ -270,7 +271,7 @@ def umap(coordinates: npt.ArrayLike, labels: npt.ArrayLike, highlight: npt.Array
     from matplotlib.patheffects import withStroke
 
     at, group, chosen = np.asarray(coordinates), np.asarray(labels).astype(str), np.asarray(highlight, dtype=bool)
-    figure = _figure(6.0, 5.0, title)
+    figure = new_figure(6.0, 5.0, title)
     axes = figure.subplots()
     halo = [withStroke(linewidth=2.5, foreground="white")]
     size = float(np.clip(6000 / max(len(at), 1), 2, 20))
@@ -285,112 +286,4 @@ def umap(coordinates: npt.ArrayLike, labels: npt.ArrayLike, highlight: npt.Array
     axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
     axes.set_aspect("equal", adjustable="datalim")
     axes.legend(loc="best")
-    return figure
-
-
-def _mark(axes: Axes, x: float, y: float, verdict: object, **errors: Any) -> None:
-    seen = look(verdict)
-    style: dict[str, Any] = {"color": seen.colour, "mfc": seen.fill, "marker": seen.marker, "markersize": 7}
-    axes.errorbar(x, y, capsize=3, zorder=3, **style, **errors)
-
-
-def _reach(audit: Audit, key: str) -> FloatArray:
-    """Distances from a difference to the ends of its interval, as matplotlib wants them; 0 where there is none."""
-    centre, (low, high) = value(audit, "primary", key, "difference"), bounds(audit, "primary", key, "interval")
-    return np.nan_to_num(np.abs([[centre - low], [high - centre]]))
-
-
-def _verdict_legend(figure: Figure, audits: Audits) -> None:
-    from matplotlib.lines import Line2D
-
-    seen = dict.fromkeys(look(dig(audits[method], "verdict")) for method in ordered(audits))
-    handles = [Line2D([], [], linestyle="", color=s.colour, mfc=s.fill, marker=s.marker, label=s.words) for s in seen]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5)
-
-
-def _distance_panel(axes: Axes, audits: Audits, key: str, label: str) -> None:
-    """Draw one primary statistic, a row for each method; symmetric-log axis when something is very far off."""
-    wide, reach = margin(audits, key), 0.0
-    axes.axvspan(-wide, wide, color=BAND, linewidth=0)
-    axes.axvline(0, color=SOFT, linewidth=0.7)
-    for row, method in enumerate(ordered(audits)):
-        centre = value(audits[method], "primary", key, "difference")
-        if np.isfinite(centre):
-            _mark(axes, centre, row, dig(audits[method], "verdict"), xerr=_reach(audits[method], key))
-            reach = max(reach, abs(centre))
-        elif method == "retrain":
-            floors = [value(audit, "primary", key, "noise_floor") for audit in audits.values()]
-            _mark(axes, 0.0, row, "TARGET", xerr=max(np.nan_to_num(floors)))
-        else:
-            axes.annotate("not measured", (0, row), va="center", ha="center", color=SOFT, fontsize=8)
-    if wide and reach > 30 * wide:
-        axes.set_xscale("symlog", linthresh=3 * wide)
-        axes.xaxis.set_major_formatter("{x:g}")
-    right = not value(audits.get("original"), "primary", key, "difference") < 0
-    words = "←  over-forgotten    remembered  →" if right else "←  remembered    over-forgotten  →"
-    axes.set(xlabel=f"{label}\n{words}", ylim=(len(audits) - 0.4, -0.6))
-    axes.set_title(f"{key.capitalize()} (margin ±{number(wide, 2)})", fontweight="bold")
-
-
-@_styled
-def distance_to_target(audits: Audits) -> Figure:
-    """Draw how far each method is from the retrained models: the two primary statistics with 90 % intervals.
-
-    The shaded band is the margin: an interval inside it is a match. The retrain's own bar is the noise floor.
-    """
-    figure = _figure(7.2, 1.5 + 0.36 * len(audits), "")
-    panels = figure.subplots(1, 2, sharey=True)
-    _distance_panel(panels[0], audits, "membership", "AUC minus the retrains' AUC")
-    _distance_panel(panels[1], audits, "trace", "trace minus the retrains' trace")
-    panels[0].set_yticks(range(len(audits)), ordered(audits))
-    _verdict_legend(figure, audits)
-    return figure
-
-
-@_styled
-def cost_against_trace(audits: Audits) -> Figure:
-    """Draw the trace that is left (90 % interval) against passes over cells as a fraction of a retrain's."""
-    figure = _figure(7.2, 3.8, "")
-    axes = figure.subplots()
-    axes.axhspan(-margin(audits, "trace"), margin(audits, "trace"), color=BAND, linewidth=0)
-    axes.axvline(1, color=SOFT, linewidth=0.7, linestyle=DASHES[1])
-    traces = {method: value(audit, "primary", "trace", "difference") for method, audit in audits.items()}
-    traces |= {"retrain": 0.0} if "retrain" in audits else {}
-    for rank, method in enumerate(sorted((m for m in traces if np.isfinite(traces[m])), key=lambda m: (traces[m], m))):
-        x, y = value(audits[method], "cost", "passes_ratio"), traces[method]
-        if method == "original":  # where every method starts; what it cost is not the question
-            axes.axhline(y, color=SOFT, linewidth=0.9, linestyle=DASHES[2])
-            axes.annotate("original", (0, y), (4, 3), xycoords=axes.get_yaxis_transform(), textcoords="offset points")
-        elif np.isfinite(x):
-            _mark(axes, x, y, dig(audits[method], "verdict"), yerr=_reach(audits[method], "trace"))
-            # Labels of neighbours in trace go to different sides, so that they do not meet.
-            axes.annotate(method, (x, y), (8, 5 if rank % 2 else -12), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="passes over cells ÷ those of an early-stopped retrain", ylabel="trace minus the retrains' trace")
-    axes.set_xlim(0, max(axes.get_xlim()[1], 1.2))
-    _verdict_legend(figure, audits)
-    return figure
-
-
-@_styled
-def attack_grid(audits: Audits) -> Figure:
-    """Draw each attack's AUC on each method; outlined and bold where the advantage passes its null's 95 % point."""
-    methods = ordered(audits)
-    attacks = sorted({name for audit in audits.values() for name in dig(audit, "attacks") or {}})
-    cells = [[dig(audits[m], "attacks", name, PRIMARY_GROUP) for m in methods] for name in attacks]
-    auc = np.array([[value(cell, "auc") for cell in row] for row in cells]).reshape(len(attacks), len(methods))
-    figure = _figure(1.8 + 0.95 * len(methods), 1.5 + 0.42 * len(attacks), "")
-    axes = figure.subplots()
-    axes.pcolormesh(np.ma.masked_invalid(auc), cmap="PuOr_r", vmin=-0.1, vmax=1.1, edgecolors="white", linewidth=2)
-    for (i, j), found in np.ndenumerate(auc):
-        leak = value(cells[i][j], "advantage") > value(cells[i][j], "null", "q95")
-        colour = "white" if abs(found - 0.5) > 0.4 else INK
-        box = {"boxstyle": "square,pad=0.6", "fill": False, "edgecolor": colour if leak else "none"}
-        style: dict[str, Any] = {"color": colour, "weight": "bold" if leak else "normal", "bbox": box}
-        axes.text(j + 0.5, i + 0.5, number(found, 2), ha="center", va="center", **style)
-    axes.set_xticks(np.arange(len(methods)) + 0.5, methods, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(np.arange(len(attacks)) + 0.5, attacks)
-    axes.tick_params(length=0)
-    axes.invert_yaxis()
-    axes.spines[:].set_visible(False)
-    axes.set_title("AUC against same-group controls; outlined: outside the no-leak 95 % band", fontsize=8)
     return figure

@@ -1,0 +1,177 @@
+"""Pictures that compare methods: how far each is from the retrains, what that cost, which attacks bite.
+
+Built as those of :mod:`scforget.report.figures` are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scforget.report.figures import BAND, DASHES, INK, SERIES, SOFT, FloatArray, new_figure, styled
+from scforget.report.tables import PRIMARY_GROUP, Audit, Audits, bounds, dig, look, margin, number, ordered, value
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def _mark(axes: Axes, x: float, y: float, verdict: object, **errors: Any) -> None:
+    seen = look(verdict)
+    style: dict[str, Any] = {"color": seen.colour, "mfc": seen.fill, "marker": seen.marker, "markersize": 7}
+    axes.errorbar(x, y, capsize=3, zorder=3, **style, **errors)
+
+
+def _reach(audit: Audit, key: str) -> FloatArray:
+    """Distances from a difference to the ends of its interval, as matplotlib wants them; 0 where there is none."""
+    centre, (low, high) = value(audit, "primary", key, "difference"), bounds(audit, "primary", key, "interval")
+    return np.nan_to_num(np.abs([[centre - low], [high - centre]]))
+
+
+def _verdict_legend(figure: Figure, audits: Audits) -> None:
+    from matplotlib.lines import Line2D
+
+    seen = dict.fromkeys(look(dig(audits[method], "verdict")) for method in ordered(audits))
+    handles = [Line2D([], [], linestyle="", color=s.colour, mfc=s.fill, marker=s.marker, label=s.words) for s in seen]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+
+
+def _distance_panel(axes: Axes, audits: Audits, key: str, label: str) -> None:
+    """Draw one primary statistic, a row for each method; symmetric-log axis when something is very far off."""
+    wide, reach = margin(audits, key), 0.0
+    axes.axvspan(-wide, wide, color=BAND, linewidth=0)
+    axes.axvline(0, color=SOFT, linewidth=0.7)
+    for row, method in enumerate(ordered(audits)):
+        centre = value(audits[method], "primary", key, "difference")
+        if np.isfinite(centre):
+            _mark(axes, centre, row, dig(audits[method], "verdict"), xerr=_reach(audits[method], key))
+            reach = max(reach, abs(centre))
+        elif method == "retrain":
+            floors = [value(audit, "primary", key, "noise_floor") for audit in audits.values()]
+            _mark(axes, 0.0, row, "TARGET", xerr=max(np.nan_to_num(floors)))
+        else:
+            axes.annotate("not measured", (0, row), va="center", ha="center", color=SOFT, fontsize=8)
+    if wide and reach > 30 * wide:
+        axes.set_xscale("symlog", linthresh=3 * wide)
+        axes.xaxis.set_major_formatter("{x:g}")
+    right = not value(audits.get("original"), "primary", key, "difference") < 0
+    words = "←  over-forgotten    remembered  →" if right else "←  remembered    over-forgotten  →"
+    axes.set(xlabel=f"{label}\n{words}", ylim=(len(audits) - 0.4, -0.6))
+    axes.set_title(f"{key.capitalize()} (margin ±{number(wide, 2)})", fontweight="bold")
+
+
+@styled
+def distance_to_target(audits: Audits) -> Figure:
+    """Draw how far each method is from the retrained models: the two primary statistics with 90 % intervals.
+
+    The shaded band is the margin: an interval inside it is a match. The retrain's own bar is the noise floor.
+    """
+    figure = new_figure(7.2, 1.5 + 0.36 * len(audits), "")
+    panels = figure.subplots(1, 2, sharey=True)
+    _distance_panel(panels[0], audits, "membership", "AUC minus the retrains' AUC")
+    _distance_panel(panels[1], audits, "trace", "trace minus the retrains' trace")
+    panels[0].set_yticks(range(len(audits)), ordered(audits))
+    _verdict_legend(figure, audits)
+    return figure
+
+
+def _cost_axes(axes: Axes, margin_width: float, costs: list[float], traces: list[float]) -> None:
+    """Band, axes and labels of cost against trace; symmetric-log in trace when something is very far off."""
+    axes.axhspan(-margin_width, margin_width, color=BAND, linewidth=0)
+    axes.axvline(1, color=SOFT, linewidth=0.7, linestyle=DASHES[1])
+    axes.set(xlabel="passes over cells ÷ those of an early-stopped retrain", ylabel="trace minus the retrains' trace")
+    if margin_width and max(map(abs, traces), default=0) > 30 * margin_width:
+        axes.set_yscale("symlog", linthresh=3 * margin_width)
+        axes.yaxis.set_major_formatter("{x:g}")
+    if min(costs, default=1) > 0 and max(costs, default=0) > 1.5:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xlim(0, max(axes.get_xlim()[1], 1.2))
+
+
+@styled
+def cost_against_trace(audits: Audits) -> Figure:
+    """Draw the trace that is left (90 % interval) against passes over cells as a fraction of a retrain's."""
+    figure = new_figure(7.2, 3.8 + 0.12 * len(audits), "")
+    axes = figure.subplots()
+    traces = {method: value(audit, "primary", "trace", "difference") for method, audit in audits.items()}
+    traces |= {"retrain": 0.0} if "retrain" in audits else {}
+    known = sorted((m for m in traces if np.isfinite(traces[m])), key=lambda m: (traces[m], m))
+    costs = {method: value(audits[method], "cost", "passes_ratio") for method in known if method != "original"}
+    costs = {method: cost for method, cost in costs.items() if np.isfinite(cost)}
+    _cost_axes(axes, margin(audits, "trace"), list(costs.values()), [traces[method] for method in known])
+    if "original" in known:  # where every method starts; what it cost is not the question
+        axes.axhline(traces["original"], color=SOFT, linewidth=0.9, linestyle=DASHES[2])
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate("original", (0, traces["original"]), (4, 3), **place)
+    for rank, (method, cost) in enumerate(costs.items()):
+        errors = _reach(audits[method], "trace")
+        _mark(axes, cost, traces[method], dig(audits[method], "verdict"), yerr=errors)
+        # Labels of neighbours in trace go to different sides, so that they do not meet.
+        place = {"textcoords": "offset points", "fontsize": 7.5, "ha": "right" if rank % 2 else "left"}
+        axes.annotate(method, (cost, traces[method]), (-7 if rank % 2 else 7, 3 if rank % 4 < 2 else -9), **place)
+    _verdict_legend(figure, audits)
+    return figure
+
+
+@styled
+def frontier(table: pd.DataFrame, margin_width: float) -> Figure:
+    """Draw many recipes' trace (90 % interval) against their cost, a panel for each scenario.
+
+    Parameters
+    ----------
+    table
+        Rows with ``scenario``, ``recipe``, ``passes_ratio``, ``trace``, ``trace_lo``, ``trace_hi``, ``elbo``: the
+        differences to the retrains. Recipes of one label are joined by a line in the order of their cost. Hollow:
+        the held-out ELBO is below the retrains'.
+    """
+    scenarios = list(dict.fromkeys(table["scenario"]))
+    figure = new_figure(9.6, 0.6 + 3.3 * len(scenarios), "")
+    panels = figure.subplots(len(scenarios), 1, squeeze=False)[:, 0]
+    labels = list(dict.fromkeys(table["recipe"]))
+    for axes, scenario in zip(panels, scenarios, strict=True):
+        rows = table[table["scenario"] == scenario]
+        _cost_axes(axes, margin_width, [0.0], list(rows["trace"]))
+        for index, label in enumerate(labels):
+            line = rows[rows["recipe"] == label].sort_values("passes_ratio")
+            colour, marker = SERIES[index % len(SERIES)], "osD^v<>Ph"[index // len(SERIES) % 9]
+            axes.plot(line["passes_ratio"], line["trace"], color=colour, linewidth=0.9, alpha=0.7)
+            for row in line.to_dict("records"):
+                errors = [[row["trace"] - row["trace_lo"]], [row["trace_hi"] - row["trace"]]]
+                filled = colour if row["elbo"] >= 0 else "white"
+                axes.errorbar(row["passes_ratio"], row["trace"], yerr=errors, color=colour, marker=marker,
+                              mfc=filled, markersize=5, elinewidth=0.7)  # fmt: skip
+            axes.plot([], [], color=colour, marker=marker, linewidth=0.9, label=label)
+        axes.axvline(0.2, color=SOFT, linewidth=0.7, linestyle=DASHES[2])
+        axes.set_title(f"{scenario} (hollow: held-out ELBO below the retrains')", fontweight="bold")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", fontsize=7)
+    return figure
+
+
+@styled
+def attack_grid(audits: Audits) -> Figure:
+    """Draw each attack's AUC on each method; outlined and bold where the advantage passes its null's 95 % point."""
+    methods = ordered(audits)
+    attacks = sorted({name for audit in audits.values() for name in dig(audit, "attacks") or {}})
+    cells = [[dig(audits[m], "attacks", name, PRIMARY_GROUP) for name in attacks] for m in methods]
+    auc = np.array([[value(cell, "auc") for cell in row] for row in cells]).reshape(len(methods), len(attacks))
+    figure = new_figure(2.2 + 0.95 * len(attacks), 1.5 + 0.42 * len(methods), "")
+    axes = figure.subplots()
+    axes.pcolormesh(np.ma.masked_invalid(auc), cmap="PuOr_r", vmin=-0.1, vmax=1.1, edgecolors="white", linewidth=2)
+    for (i, j), found in np.ndenumerate(auc):
+        leak = value(cells[i][j], "advantage") > value(cells[i][j], "null", "q95")
+        colour = "white" if abs(found - 0.5) > 0.4 else INK
+        box = {"boxstyle": "square,pad=0.6", "fill": False, "edgecolor": colour if leak else "none"}
+        style: dict[str, Any] = {"color": colour, "weight": "bold" if leak else "normal", "bbox": box}
+        axes.text(j + 0.5, i + 0.5, number(found, 2), ha="center", va="center", **style)
+    axes.set_xticks(np.arange(len(attacks)) + 0.5, attacks, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(np.arange(len(methods)) + 0.5, methods)
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.set_title("AUC against same-group controls\noutlined: outside the no-leak 95 % band", fontsize=8)
+    return figure
