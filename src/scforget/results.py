@@ -33,10 +33,10 @@ def _ratio(value: float | None, base: float | None) -> float | None:
 
 
 def _facts(rows: list[Record]) -> Record:
-    """Mean of each number, and the words that all models share."""
+    """Mean of each number that all models have, and the words that all share."""
     facts = [row.get("facts") or {} for row in rows]
     found: Record = {}
-    for key in facts[0] if facts else {}:
+    for key in [key for key in facts[0] if all(key in row for row in facts)] if facts else []:
         values = [row[key] for row in facts]
         if all(isinstance(value, int | float) for value in values):
             found[key] = fmean(values)
