@@ -61,7 +61,9 @@ def _scenario(workspace: Workspace, params: schema.Params, dataset: str, scenari
         "n_forget": audits["original"]["groups"]["forget"],
         "request": ", ".join(f"{key}: {value}" for key, value in request.model_dump().items()),
     }
-    return {"context": context, "audits": audits, "figures": pictured, "table": table}
+    # the page is made to be sent on: the curves of every method would be a third of it, and lie beside it
+    shown = {stem: content for stem, content in pictured.items() if not stem.startswith("training_curves")}
+    return {"context": context, "audits": audits, "figures": shown, "table": table}
 
 
 def _provenance(workspace: Workspace, pipeline: Pipeline, params: schema.Params) -> dict[str, Any]:

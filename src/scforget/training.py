@@ -25,6 +25,7 @@ from scforget.tasks import VaeTask
 State = dict[str, Any]
 Epoch = dict[str, float]
 _WARM_UP = 0.15  # of a one-cycle run
+_LOWEST = 1e-3
 #: Something that changes from epoch to epoch and must survive a kill.
 Part = nn.Module | Optimizer
 
@@ -319,7 +320,8 @@ def one_cycle(progress: float) -> float:
     """
     if progress < _WARM_UP:
         return progress / _WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP))) + 1e-3
+    fall = 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
+    return _LOWEST + (1 - _LOWEST) * fall
 
 
 def rates(settings: TrainingSettings, cells: int, epoch: int) -> list[float]:
