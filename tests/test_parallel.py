@@ -110,3 +110,12 @@ def test_each_says_in_one_line_that_a_worker_was_killed(monkeypatch: pytest.Monk
     monkeypatch.setenv("SCFORGET_WORKERS", "2")
     with pytest.raises(WorkerError, match="set SCFORGET_WORKERS=1 and run again"):
         parallel.each(die, range(4), lambda: None)
+
+
+@pytest.mark.parametrize("cores", ["1", "2"])
+def test_each_does_something_else_meanwhile_in_this_process(monkeypatch, cores):
+    monkeypatch.setenv("SCFORGET_WORKERS", cores)
+    seen = []
+    found = parallel.each(abs, [-1, -2, -3], lambda: None, lambda: seen.append(os.getpid()))
+    assert found == [1, 2, 3]
+    assert seen == ([os.getpid()] if cores == "2" else [])  # alone, nobody works meanwhile

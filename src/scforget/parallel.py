@@ -48,7 +48,10 @@ def _call(item: Any) -> Any:
     return _function(item)
 
 
-def each(function: Callable[[ItemT], ResultT], items: Iterable[ItemT], done: Callable[[], None]) -> list[ResultT]:
+def each(
+    function: Callable[[ItemT], ResultT], items: Iterable[ItemT], done: Callable[[], None],
+    meanwhile: Callable[[], None] | None = None,
+) -> list[ResultT]:  # fmt: skip
     """Apply a function to every item, in processes if there are several cores.
 
     Parameters
@@ -59,6 +62,8 @@ def each(function: Callable[[ItemT], ResultT], items: Iterable[ItemT], done: Cal
         What to apply it to.
     done
         Called in this process whenever an item is finished.
+    meanwhile
+        Called once in this process while the others work: what will be needed afterwards (slow imports).
 
     Returns
     -------
@@ -76,8 +81,10 @@ def each(function: Callable[[ItemT], ResultT], items: Iterable[ItemT], done: Cal
     method = "fork" if sys.platform == "linux" else "spawn"
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(n, mp_context=context, initializer=_start, initargs=(function,)) as pool:
-        futures = [pool.submit(_call, job) for job in jobs]
+        futures = [pool.submit(_call, job) for job in jobs]  # under fork the first one starts every worker
         try:
+            if meanwhile is not None:
+                meanwhile()
             for future in as_completed(futures):
                 future.result()
                 done()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,14 +79,15 @@ class Scorer:
             scores |= attack.run(signals, known, getattr(self._settings.attacks, name))
         return _Scored(int(path.stem), scores, self._utility(model, signals), signals.mu)
 
-    def populations(self, *folders: Path) -> list[Population]:
-        """Score every model of some folders on all cores; models in the order of their seeds."""
+    def populations(self, *folders: Path, meanwhile: Callable[[], None] | None = None) -> list[Population]:
+        """Score every model of some folders on all cores, models in the order of their seeds; see ``parallel.each``."""
         groups = [sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem)) for folder in folders]
         for folder, paths in zip(folders, groups, strict=True):
             if len(paths) < 2:
                 raise EmptyGroupError(str(folder), f"{len(paths)} models", "at least 2 to know how much models differ")
         with Progress(f"scoring {self._name}", sum(map(len, groups))) as progress:
-            scored = iter(parallel.each(self._score, [p for paths in groups for p in paths], progress.advance))
+            every = [path for paths in groups for path in paths]
+            scored = iter(parallel.each(self._score, every, progress.advance, meanwhile))
         return [_stack([next(scored) for _ in paths]) for paths in groups]
 
     def groups(self, folder: Path) -> Groups:

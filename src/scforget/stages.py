@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from scforget import artifacts, loading, parallel, replay, schema, scoring, seeding
+from scforget import artifacts, loading, parallel, replay, schema, scoring, seeding, tracking
 from scforget.artifacts import FileCheckpoint, Workspace
 from scforget.audit import assess
 from scforget.data import genes, sources, splits
@@ -266,7 +266,7 @@ def _make_population(population: Population, seeds: Sequence[int]) -> None:
     """
     context = population.context
     with Progress(context.item.name, len(seeds)) as progress:
-        made = dict(zip(seeds, parallel.each(population.make, seeds, progress.advance), strict=True))
+        made = dict(zip(seeds, parallel.each(population.make, seeds, progress.advance, tracking.warm_up), strict=True))
     failed = {str(seed): record for seed, (_, record) in made.items() if isinstance(record, str)}
     if len(failed) == len(seeds):
         raise AllDivergedError(context.item.name, next(iter(failed.values())))
@@ -318,7 +318,7 @@ def reference(dataset: str, scenario: str) -> None:
     workspace, settings = context.workspace, context.params.audit
     scorer = scoring.Scorer(workspace, context.params, dataset, scenario)
     folders = workspace.work("train", dataset), workspace.work("retrain", dataset, scenario)
-    originals, retrains = scorer.populations(*folders)
+    originals, retrains = scorer.populations(*folders, meanwhile=tracking.warm_up)
     groups = scorer.groups(folders[0])
     seed = context.params.seed  # not the item's: the null band of a scenario is one and the same for all methods
     records = {
@@ -341,7 +341,8 @@ def audit(dataset: str, scenario: str, method: str) -> None:
     context = _open("audit", dataset, scenario, method)
     workspace = context.workspace
     scorer = scoring.Scorer(workspace, context.params, dataset, scenario)
-    (unlearned,) = scorer.populations(workspace.work("unlearn", dataset, scenario, method))
+    folder = workspace.work("unlearn", dataset, scenario, method)
+    (unlearned,) = scorer.populations(folder, meanwhile=tracking.warm_up)
     originals, retrains, groups = scorer.references(workspace.results("reference", dataset, scenario))
     record = assess.judge(
         method, unlearned, originals=originals, target=retrains, groups=groups,

@@ -115,6 +115,17 @@ def _explained(address: str) -> Iterator[None]:
         raise TrackingError(address, (why[0] if why else type(error).__name__)[:200]) from error
 
 
+def warm_up() -> None:
+    """Import MLflow, which takes two seconds that a stage has while its models are made; settings come before."""
+    # An unreachable server shall cost seconds, not the minutes of MLflow's default retries.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
 class Store:
     """An open MLflow store.
 
@@ -130,12 +141,7 @@ class Store:
     """
 
     def __init__(self, root: Path) -> None:
-        # An unreachable server shall cost seconds, not the minutes of MLflow's default retries.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        warm_up()
         from mlflow import MlflowClient
 
         self._root, self.uri = root, uri(root)
