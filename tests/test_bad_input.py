@@ -152,7 +152,7 @@ CASES: dict[str, Case] = {
     "no dvc.yaml": (PREPARE, remove("dvc.yaml"), 2, ["dvc.yaml: no such file; run from the project's root"]),
     "method of pipeline": (
         PREPARE, put("pipeline", "methods", value=["ssd", "magic"]), 2,
-        ["pipeline.methods: unknown method 'magic'; known: retain_finetune, partial_reset, ssd"],
+        ["pipeline.methods: unknown method 'magic'; known: retain_finetune, gradient_ascent"],
     ),
     "dataset of pipeline": (PREPARE, put("pipeline", "datasets", value=["big"]), 2, ["'big', which has no section"]),
     "scenario of pipeline": (PREPARE, put("pipeline", "scenarios", value=["nk"]), 2, ["lacks 'nk'; it has half"]),

@@ -116,14 +116,14 @@ def _explained(address: str) -> Iterator[None]:
 
 
 def warm_up() -> None:
-    """Import MLflow, which takes two seconds that a stage has while its models are made; settings come before."""
+    """Import MLflow, which takes a second that a stage has while its models are made; settings come before."""
     # An unreachable server shall cost seconds, not the minutes of MLflow's default retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    import mlflow.tracking  # noqa: F401
 
 
 class Store:
