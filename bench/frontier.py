@@ -4,7 +4,7 @@ Run in a project whose pipeline has run (`dvc repro`), with the data set and the
 
     python bench/frontier.py pbmc68k cd56_nk dendritic_half scattered
 
-Writes docs/results/frontier-DATASET.csv and .png. Nothing here is selected: every recipe that was tried is in the file.
+Writes docs/results/frontier-DATASET.csv and .png. Nothing is selected: every recipe of the list below is in the file.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def test_newton_step_ranks_deletions_as_retraining_without_each_cell_does() -> N
     penalty, predicted, actual = 1.0, [], []
     whole = logistic(x, y, penalty)
 
-    def test_loss(w: FloatArray) -> float:
+    def held_out_loss(w: FloatArray) -> float:
         return float(np.logaddexp(0, -(2 * targets - 1) * (other @ w)).mean())
 
     for out in range(len(x)):
@@ -192,8 +192,8 @@ def test_newton_step_ranks_deletions_as_retraining_without_each_cell_does() -> N
         with torch.no_grad():
             model.weight.copy_(torch.from_numpy(whole)[None])
         newton_step(model, matrix.matmul, gradient, damping=penalty, iterations=20, tolerance=1e-12)
-        predicted.append(test_loss(model.weight.detach().numpy()[0]) - test_loss(whole))
-        actual.append(test_loss(logistic(kept, labels, penalty)) - test_loss(whole))
+        predicted.append(held_out_loss(model.weight.detach().numpy()[0]) - held_out_loss(whole))
+        actual.append(held_out_loss(logistic(kept, labels, penalty)) - held_out_loss(whole))
     assert spearmanr(predicted, actual).statistic > 0.99
     assert np.std(actual) > 1e-3
 
