@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from scforget import cli, config, schema, stages
+from scforget.context import Context
 from scforget.data.synthetic import PRESETS, simulate
 from scforget.pipeline import Item, Pipeline
 from spoiling import (
@@ -53,7 +54,7 @@ def made(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("SCFORGET_WORKERS", "1")
-        patch.setattr(stages, "_track", lambda _: None)
+        patch.setattr(Context, "track", lambda _: None)
         stages.prepare("tiny")
         stages.split("tiny")
         stages.train("tiny")
@@ -164,7 +165,7 @@ CASES: dict[str, Case] = {
         ["magic is not part of it; it has tiny half ssd, tiny half partial_reset"],
     ),
     "method not in the pipeline": (
-        ["audit", "tiny", "half", "retain_finetune"], lambda _: None, 2, ["retain_finetune is not part of it"],
+        ["unlearn", "tiny", "half", "retain_finetune"], lambda _: None, 2, ["retain_finetune is not part of it"],
     ),
     # files between the stages
     "work is a file": (PREPARE, block("work"), 3, ["cells.h5ad: cannot write: Not a directory; check free space"]),
@@ -224,7 +225,7 @@ def test_training_that_diverges_ends_with_code_4(command, project):
     before = outs(project)
     code, lines = command(*TRAIN)
     assert code == 4
-    assert lines[-1].startswith("scforget: train@tiny: every model diverged; the first: training: ")
+    assert lines[-1].startswith("scforget: train@tiny: 2 of 2 models diverged, and at least 2 must be left")
     assert "lower the learning rate" in lines[-1]
     assert outs(project) == before
 

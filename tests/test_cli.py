@@ -81,7 +81,7 @@ ERRORS = [
     (errors.EmptyGroupError("controls", 1, "at least 10"), 3),
     (errors.ArtifactError("work/x", "no such file"), 3),
     (errors.NonFiniteError(3, "the loss"), 4),
-    (errors.AllDivergedError("train@pbmc", "why"), 4),
+    (errors.TooManyDivergedError("train@pbmc", "3 of 4", "why"), 4),
     (errors.TrackingError("http://x", "no answer"), 5),
     (errors.ScforgetError("plain"), 1),
 ]

@@ -9,13 +9,13 @@ import pytest
 
 from scforget import errors
 from scforget.errors import (
-    AllDivergedError,
     ArtifactError,
     ConfigError,
     DataError,
     EmptyGroupError,
     NonFiniteError,
     ScforgetError,
+    TooManyDivergedError,
     TrackingError,
     WorkerError,
 )
@@ -31,7 +31,10 @@ EXAMPLES: list[tuple[ScforgetError, int, dict[str, object], str]] = [
     (EmptyGroupError("cluster 'x'", (0, "cells"), "1"), 3,
      {"what": "cluster 'x'", "found": (0, "cells"), "wanted": "1"}, "cluster 'x': found (0, 'cells'); wanted 1"),
     (NonFiniteError(17, "the loss"), 4, {"step": 17, "name": "the loss"}, "the loss became NaN or infinite at step 17"),
-    (AllDivergedError("train@x", "the loss"), 4, {"item": "train@x", "why": "the loss"}, "train@x: every model"),
+    (
+        TooManyDivergedError("train@x", "3 of 4", "the loss"), 4,
+        {"item": "train@x", "how_many": "3 of 4", "why": "the loss"}, "train@x: 3 of 4 models diverged",
+    ),
     (WorkerError(), 3, {}, "a worker process was killed"),
     (ArtifactError(Path("work/a"), "damaged"), 3, {"path": Path("work/a"), "why": "damaged"}, "work/a: damaged"),
     (TrackingError("http://h", "refused"), 5, {"uri": "http://h", "why": "refused"}, "MLflow at http://h: refused"),
@@ -69,5 +72,5 @@ def test_config_error_without_a_key_names_the_file_alone() -> None:
 
 def test_errors_are_caught_by_their_families() -> None:
     assert issubclass(EmptyGroupError, DataError)
-    assert issubclass(AllDivergedError, NonFiniteError)
+    assert issubclass(TooManyDivergedError, NonFiniteError)
     assert not issubclass(DataError, ValueError | OSError)

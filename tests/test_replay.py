@@ -149,17 +149,21 @@ def audited(seeds: list[int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-AUDIT = Inputs(Item("audit", ("pbmc", "nk", "ssd")), CELLS, {"seed": 42, "audit": {"level": 0.9}})
+RECORD = {**audited([3, 7]), "fingerprint": "f"}
+AUDIT = Inputs(
+    Item("audit", ("pbmc", "nk")), CELLS,
+    {"seed": 42, "audit": {"level": 0.9}, "pipeline.methods": ["ssd"], "unlearn": {"ssd": {"alpha": 5.0}, "scrub": {}}},
+)  # fmt: skip
 
 
 def test_runs_of_an_audit_are_a_row_to_compare_by(workspace):
     folder = workspace.results("audit", "pbmc", "nk", "ssd")
-    artifacts.write_json(folder / "result.json", {"ssd": audited([3, 7])})
+    artifacts.write_json(folder / "result.json", RECORD)
     population(workspace, UNLEARN.item, {})
     population(workspace, Item("retrain", ("pbmc", "nk")), {})
     (run,) = replay.runs(workspace, AUDIT)
     assert run.tags == {
-        "stage": "audit", "dvc.stage": "audit@pbmc-nk-ssd", "dataset": "pbmc", "scenario": "nk", "method": "ssd",
+        "stage": "audit", "dvc.stage": "audit@pbmc-nk", "dataset": "pbmc", "scenario": "nk", "method": "ssd",
         "kind": "comparison",
         "verdict": "NOT_FORGOTTEN", "utility_verdict": "KEPT", "published_criterion": "False",
     }  # fmt: skip
@@ -173,7 +177,12 @@ def test_runs_of_an_audit_are_a_row_to_compare_by(workspace):
     assert expected.items() <= run.metrics.items()
     assert all(isinstance(value, float) for value in run.metrics.values())
     assert "audit/membership/power" not in run.metrics  # null: not known
+    assert run.fingerprint == "f"
+    assert run.params == {
+        "method": "ssd", "scenario": "nk", "seed": 42, "audit.level": 0.9, "alpha": 5.0,
+    }  # fmt: skip
     three, seven = run.children
+    assert three.fingerprint == "f-3"
     assert three.metrics == {"audit/threshold/auc": 0.3, "audit/trace": 3.0, "utility/elbo": -99.0}
     assert seven.metrics == {"audit/threshold/auc": 0.7, "audit/trace": 7.0}
     assert three.tags["seed"] == "3"
@@ -196,14 +205,18 @@ def test_runs_of_the_reference_are_two_rows_of_the_same_table(workspace):
 
 
 def test_runs_of_an_audit_without_timings_say_nothing_of_them(workspace):
-    artifacts.write_json(workspace.results("audit", "pbmc", "nk", "ssd") / "result.json", {"ssd": audited([3, 7])})
+    artifacts.write_json(
+        workspace.results("audit", "pbmc", "nk", "ssd") / "result.json", {**audited([3, 7]), "fingerprint": "f"}
+    )
     (run,) = replay.runs(workspace, AUDIT)
     assert not [key for key in run.metrics if key.startswith("cost/")]
 
 
 def test_runs_of_an_audit_carry_its_figures(workspace):
     rng = np.random.default_rng(0)
-    artifacts.write_json(workspace.results("audit", "pbmc", "nk", "ssd") / "result.json", {"ssd": audited([3, 7])})
+    artifacts.write_json(
+        workspace.results("audit", "pbmc", "nk", "ssd") / "result.json", {**audited([3, 7]), "fingerprint": "f"}
+    )
     scores = {"original/elbo": rng.normal(size=(2, 9)), "retrain/elbo": rng.normal(size=(3, 9))}
     forget = np.arange(9) < 4
     reference = workspace.results("reference", "pbmc", "nk") / "scores.npz"

@@ -109,12 +109,13 @@ def test_audits_are_the_references_and_the_methods_each_with_its_cost(workspace:
     artifacts.write_json(workspace.results("reference", *PLACE) / "result.json", reference)
     for number, method in enumerate(("ssd", "scrub"), 1):
         path = workspace.results("audit", *PLACE, method) / "result.json"
-        artifacts.write_json(path, {method: {"verdict": "FORGOTTEN", "n": number}})
+        artifacts.write_json(path, {"verdict": "FORGOTTEN", "n": number})
         write(workspace, method, row(10 * number))
     write(workspace, "retrain", row(40))
+    write(workspace, "original", row(50))
     found = results.audits(workspace, *PLACE, ["ssd", "scrub"])
     assert list(found) == ["original", "retrain", "ssd", "scrub"]
     assert {name: audit["cost"]["passes_ratio"] for name, audit in found.items()} == {
-        "original": None, "retrain": 1.0, "ssd": 0.25, "scrub": 0.5,
+        "original": 1.25, "retrain": 1.0, "ssd": 0.25, "scrub": 0.5,
     }  # fmt: skip
     assert (found["scrub"]["n"], found["original"]["verdict"]) == (2, "NOT_FORGOTTEN")

@@ -90,11 +90,11 @@ def reference(dataset: Dataset, scenario: Scenario) -> None:
 
 
 @app.command(rich_help_panel=PIPELINE)
-def audit(dataset: Dataset, scenario: Scenario, method: Method) -> None:
-    """Attack the unlearned models, test them against the retrains, and give the verdict."""
+def audit(dataset: Dataset, scenario: Scenario) -> None:
+    """Attack every method's models, test them against the retrains, and give the verdicts. Resumes after a kill."""
     from scforget import stages
 
-    stages.audit(dataset, scenario, method)
+    stages.audit(dataset, scenario)
 
 
 @app.command(rich_help_panel=PIPELINE)

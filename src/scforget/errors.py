@@ -64,12 +64,13 @@ class NonFiniteError(ScforgetError):
         )
 
 
-class AllDivergedError(NonFiniteError):
-    """Every model of a stage diverged."""
+class TooManyDivergedError(NonFiniteError):
+    """Fewer than two models of a stage are left."""
 
-    def __init__(self, item: str, why: str) -> None:
-        ScforgetError.__init__(self, f"{item}: every model diverged; the first: {why}")
-        self.item, self.why = item, why
+    def __init__(self, item: str, how_many: str, why: str) -> None:
+        left = "and at least 2 must be left to know how much models differ"
+        ScforgetError.__init__(self, f"{item}: {how_many} models diverged, {left}; the first: {why}")
+        self.item, self.how_many, self.why = item, how_many, why
 
 
 class WorkerError(ScforgetError):

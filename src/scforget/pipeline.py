@@ -65,6 +65,22 @@ class Inputs:
         params = {key: value for key, value in self.params.items() if not key.endswith(".seeds")}
         return self._digest({**self.deps, **narrowed}, {**params, "model": seed})
 
+    def of_method(self, method: str, narrowed: dict[str, str]) -> Inputs:
+        """What one method of an item that treats them all depends on, so that a further method leaves it as it is.
+
+        Parameters
+        ----------
+        method
+            One of ``pipeline.methods``.
+        narrowed
+            Hash of the method's own part of a dependency, in place of the whole: ``work/a/ssd`` for ``work/a``.
+        """
+        wider = {path for path in self.deps for own in narrowed if own.startswith(f"{path}/")}
+        deps = {path: digest for path, digest in self.deps.items() if path not in wider}
+        params = {key: value for key, value in self.params.items() if key not in ("pipeline.methods", "unlearn")}
+        params[f"unlearn.{method}"] = self.params["unlearn"][method]
+        return Inputs(Item(self.item.stage, (*self.item.keys, method)), {**deps, **narrowed}, params)
+
     def _digest(self, deps: dict[str, str], params: dict[str, Any]) -> str:
         content = [self.item.stage, self.item.keys, deps, params]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

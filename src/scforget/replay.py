@@ -84,11 +84,12 @@ def _seed_metrics(record: Record, index: int) -> dict[str, float]:
     return metrics
 
 
-def _audited(item: Item, inputs: Inputs, method: str, record: Record, artifacts: Artifacts) -> Run:
-    """A row of the comparison: one audited population, its models nested."""
-    dataset, scenario = item.keys[:2]
-    fingerprint = f"{inputs.fingerprint}-{method}"
-    common = tags(Item("audit", (dataset, scenario, method)))
+def _audited(workspace: Workspace, inputs: Inputs, item: Item, method: str, record: Record) -> Run:
+    """A row of the comparison: one population that an item audited, its models nested."""
+    dataset, scenario = item.keys
+    record = {**record, "cost": results.cost(workspace, dataset, scenario, method)}
+    fingerprint = record.get("fingerprint") or f"{inputs.fingerprint}-{method}"
+    common = {**tags(Item("audit", (dataset, scenario, method))), "dvc.stage": item.name}
     verdict = {
         "verdict": str(record.get("verdict")),
         "utility_verdict": str(record["utility"].get("verdict")),
@@ -102,15 +103,15 @@ def _audited(item: Item, inputs: Inputs, method: str, record: Record, artifacts:
     return Run(
         f"{method} {scenario} audit", fingerprint, {**common, **verdict, "kind": "comparison"},
         {"method": method, "scenario": scenario, **_params(inputs)},  # axes of the parallel-coordinates chart
-        audit_metrics(record), artifacts=artifacts, dataset=_dataset(inputs, "audit"), children=children,
+        audit_metrics(record), artifacts=_audit_artifacts(workspace, inputs.item, method),
+        dataset=_dataset(inputs, "audit"), children=children,
     )  # fmt: skip
 
 
 def _audit_artifacts(workspace: Workspace, item: Item, method: str) -> Artifacts:
     def make() -> dict[str, bytes]:
-        folder = workspace.results(item.stage, *item.keys)
         drawn = pictures.audited(workspace, item.keys[0], item.keys[1], method)
-        return {"result.json": read_bytes(folder / "result.json")} | {
+        return {"result.json": read_bytes(workspace.results(item.stage, *item.keys) / "result.json")} | {
             f"{name}.png": png_bytes(figure) for name, figure in drawn.items()
         }
 
@@ -127,14 +128,17 @@ def _population_artifacts(folder: Path, history: pd.DataFrame, title: str) -> Ar
     return make
 
 
-def _audit_runs(workspace: Workspace, item: Item, inputs: Inputs) -> list[Run]:
-    dataset, scenario = item.keys[:2]
-    records = read_json(workspace.results(item.stage, *item.keys) / "result.json")
-    rows = []
-    for method, record in records.items():
-        record["cost"] = results.cost(workspace, dataset, scenario, method)
-        rows.append(_audited(item, inputs, method, record, _audit_artifacts(workspace, item, method)))
-    return rows
+def _reference_runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
+    records = read_json(workspace.results(inputs.item.stage, *inputs.item.keys) / "result.json")
+    return [_audited(workspace, inputs, inputs.item, name, record) for name, record in records.items()]
+
+
+def _audit_runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
+    folder = workspace.results(inputs.item.stage, *inputs.item.keys)
+    records = {name: read_json(folder / name / "result.json") for name in inputs.params["pipeline.methods"]}
+    return [
+        _audited(workspace, inputs.of_method(name, {}), inputs.item, name, record) for name, record in records.items()
+    ]
 
 
 def _curves(table: pd.DataFrame) -> dict[int, dict[str, float]]:
@@ -183,10 +187,12 @@ def _report_artifacts(workspace: Workspace) -> dict[str, bytes]:
 
 
 def runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
-    """Build the tracked runs of a finished stage item: one, but two for ``reference`` and none for ``track`` itself."""
+    """Build the tracked runs of a finished stage item: one for each model population it made or judged."""
     item = inputs.item
-    if item.stage in ("reference", "audit"):
-        return _audit_runs(workspace, item, inputs)
+    if item.stage == "reference":
+        return _reference_runs(workspace, inputs)
+    if item.stage == "audit":
+        return _audit_runs(workspace, inputs)
     if item.stage in _POPULATIONS:
         return [_population_run(workspace, item, inputs)]
     if item.stage == "report":

@@ -78,8 +78,11 @@ def cost(workspace: Workspace, dataset: str, scenario: str, method: str) -> Reco
 
 
 def audits(workspace: Workspace, dataset: str, scenario: str, methods: Iterable[str]) -> dict[str, Record]:
-    """Audit records of a scenario by method, originals and retrains first, each with its ``cost``."""
+    """Audit records of a scenario by method, originals and retrains first, with ``cost`` and ``failed_seeds``."""
     records: dict[str, Record] = dict(read_json(workspace.results("reference", dataset, scenario) / "result.json"))
     for method in methods:
-        records[method] = read_json(workspace.results("audit", dataset, scenario, method) / "result.json")[method]
-    return {name: {**records[name], "cost": cost(workspace, dataset, scenario, name)} for name in records}
+        records[method] = read_json(workspace.results("audit", dataset, scenario, method) / "result.json")
+    for name, record in records.items():
+        made = read_json(workspace.results(*models_stage(dataset, scenario, name)) / "result.json")
+        record |= {"failed_seeds": made["failed"], "cost": cost(workspace, dataset, scenario, name)}
+    return records

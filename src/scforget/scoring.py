@@ -39,6 +39,14 @@ def _stack(models: list[_Scored]) -> Population:
     )
 
 
+def _models(folder: Path) -> list[Path]:
+    """Models of a population in the order of their seeds."""
+    paths = sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem))
+    if len(paths) < 2:
+        raise EmptyGroupError(str(folder), f"{len(paths)} models", "at least 2 to know how much models differ")
+    return paths
+
+
 class Scorer:
     """Scores populations of models on the forget cells and the unseen cells of one scenario.
 
@@ -81,14 +89,15 @@ class Scorer:
 
     def populations(self, *folders: Path, meanwhile: Callable[[], None] | None = None) -> list[Population]:
         """Score every model of some folders on all cores, models in the order of their seeds; see ``parallel.each``."""
-        groups = [sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem)) for folder in folders]
-        for folder, paths in zip(folders, groups, strict=True):
-            if len(paths) < 2:
-                raise EmptyGroupError(str(folder), f"{len(paths)} models", "at least 2 to know how much models differ")
+        groups = [_models(folder) for folder in folders]
         with Progress(f"scoring {self._name}", sum(map(len, groups))) as progress:
             every = [path for paths in groups for path in paths]
             scored = iter(parallel.each(self._score, every, progress.advance, meanwhile))
         return [_stack([next(scored) for _ in paths]) for paths in groups]
+
+    def population(self, folder: Path) -> Population:
+        """Score every model of a folder, one after the other."""
+        return _stack([self._score(path) for path in _models(folder)])
 
     def groups(self, folder: Path) -> Groups:
         """Forget cells and the three kinds of control among the scored cells; neighbours by the first original.

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from scforget import artifacts
 from scforget.arrays import BoolArray, FloatArray
 from scforget.audit import AuditSettings, equivalence, roc
-from scforget.audit.assess import Groups, Population, describe_target, judge, utility_table
+from scforget.audit.assess import Groups, Population, attacks, describe_target, judge, utility_table
 
 F, SAME, OTHER = 40, 120, 60
 N = F + SAME + OTHER
@@ -58,7 +58,17 @@ ORIGINALS, TARGET = population(1, shift=3.0), population(2, models=12)
 
 
 def judged(own: Population, originals: Population = ORIGINALS, target: Population = TARGET) -> dict[str, Any]:
-    return judge("method", own, originals=originals, target=target, groups=GROUPS, settings=SETTINGS, seed=0)
+    table = attacks(target, target, GROUPS, SETTINGS, 0)
+    return judge(
+        "method",
+        own,
+        originals=originals,
+        target=target,
+        target_attacks=table,
+        groups=GROUPS,
+        settings=SETTINGS,
+        seed=0,
+    )
 
 
 @pytest.mark.parametrize(

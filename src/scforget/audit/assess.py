@@ -174,8 +174,8 @@ def _published_criterion(table: Record, target_table: Record) -> bool:
 
 
 def judge(
-    method: str, population: Population, *, originals: Population, target: Population, groups: Groups,
-    settings: AuditSettings, seed: int,
+    method: str, population: Population, *, originals: Population, target: Population, target_attacks: Record,
+    groups: Groups, settings: AuditSettings, seed: int,
 ) -> Record:  # fmt: skip
     """Judge a population of unlearned models (or the originals themselves) against the retrained one.
 
@@ -187,6 +187,8 @@ def judge(
         Where the method started: they say on which side "not forgotten" lies, and whether there was anything to forget.
     target
         The retrained models.
+    target_attacks
+        Their :func:`attacks`, as :func:`describe_target` has them.
     groups
         Which of the scored cells are members and controls.
 
@@ -227,11 +229,10 @@ def judge(
             n_members=sizes["forget"], n_controls=sizes["same_group"],
         ),
         "nothing_to_forget": verdict.nothing_to_forget(of_original["membership"]),
-        "published_criterion": _published_criterion(table, attacks(target, target, groups, settings, seed)),
+        "published_criterion": _published_criterion(table, target_attacks),
         "utility": utility,
         "utility_rows": list(population.utility),
         "failure_modes": modes,
-        "failed_seeds": {},
     }  # fmt: skip
 
 
@@ -283,5 +284,4 @@ def describe_target(target: Population, n_originals: int, groups: Groups, settin
         "utility": _utility(target, target, settings),
         "utility_rows": list(target.utility),
         "failure_modes": [],
-        "failed_seeds": {},
     }  # fmt: skip

@@ -1,0 +1,66 @@
+"""One item of the pipeline being run: its settings, what it depends on, its seeds, its folders, and its tracking."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from scforget import replay, schema, seeding
+from scforget.artifacts import Workspace
+from scforget.errors import ConfigError, TrackingError
+from scforget.pipeline import Inputs, Item, Pipeline
+from scforget.tracking import Store
+
+
+@dataclass(frozen=True)
+class Context:
+    """One stage item being run: its project, settings and inputs."""
+
+    workspace: Workspace
+    params: schema.Params
+    inputs: Inputs
+
+    @property
+    def item(self) -> Item:
+        """Which item."""
+        return self.inputs.item
+
+    def seed(self, *names: object) -> int:
+        """Seed of a named stream of this item."""
+        return seeding.derive(self.params.seed, self.item.stage, *self.item.keys, *names)
+
+    @property
+    def work(self) -> Path:
+        """Folder of the item's large outs."""
+        return self.workspace.work(self.item.stage, *self.item.keys)
+
+    @property
+    def results(self) -> Path:
+        """Folder of the item's small outs."""
+        return self.workspace.results(self.item.stage, *self.item.keys)
+
+    def track(self) -> None:
+        """Log what the stage left on disk; under DVC a failure is a line, no error: DVC would delete the results."""
+        try:
+            store = Store(self.workspace.root)
+            for run in replay.runs(self.workspace, self.inputs):
+                store.log(run, "live")
+        except TrackingError as error:
+            if "DVC_STAGE" not in os.environ:
+                raise
+            print(f"scforget: {error}", file=sys.stderr)
+
+
+def open_item(stage: str, *keys: str) -> Context:
+    """Check settings and names; hash what the item depends on."""
+    root = Path.cwd()
+    params = schema.load(root / "params.yaml")
+    pipeline = Pipeline(root)
+    item = Item(stage, keys)
+    if item not in (known := pipeline.items(stage)):
+        names = ", ".join(" ".join(other.keys) for other in known)
+        why = f"{stage} {' '.join(keys)} is not part of it; it has {names}"
+        raise ConfigError(root / "params.yaml", "pipeline", why)
+    return Context(Workspace(root), params, pipeline.inputs(item))

@@ -1,0 +1,167 @@
+"""Populations of models, made one for each seed on all cores: trained from scratch, or unlearned from an original.
+
+Finished models are on disk before their stage ends, and a stage that runs again takes them up from there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from scforget import artifacts, loading, parallel, tracking
+from scforget.artifacts import FileCheckpoint
+from scforget.context import Context
+from scforget.data.splits import ForgetSets
+from scforget.errors import NonFiniteError, TooManyDivergedError
+from scforget.methods import METHODS
+from scforget.pipeline import dvc_md5
+from scforget.progress import Progress
+from scforget.results import Record
+from scforget.tasks import VaeTask
+from scforget.training import Trained, fit
+
+
+def _peak_memory_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def machine() -> Record:
+    """What the timings were measured on."""
+    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "python": platform.python_version(), "torch": torch.__version__}  # fmt: skip
+
+
+def _training_summary(trained: Trained) -> Record:
+    scored = [row for row in trained.history if "stop_elbo" in row]
+    best = max(scored, key=lambda row: row["stop_elbo"], default=None)
+    found: Record = {**trained.effort.to_dict(), "epochs": len(trained.history), "facts": trained.facts}
+    if best is not None:
+        found |= {"best_epoch": int(best["epoch"]), "stop_elbo": best["stop_elbo"]}
+    return found
+
+
+def _check_finite(trained: Trained) -> None:
+    """Refuse a model with a NaN or an infinity in it, whatever made it."""
+    for name, parameter in trained.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(trained.effort.steps, name)
+
+
+def _is_finished(record_path: Path, model_path: Path) -> bool:
+    """Whether a finished model lies here undamaged; a damaged one is made again."""
+    if not (record_path.exists() and model_path.exists()):
+        return False
+    return bool(artifacts.read_json(record_path).get("md5") == dvc_md5(model_path))
+
+
+@dataclass(frozen=True)
+class Population:
+    """How the models of a stage item are made, one for each seed; here: trained from scratch.
+
+    Picklable, so that worker processes can make them.
+    """
+
+    context: Context
+    task: VaeTask
+    sets: ForgetSets
+    cell_set: str
+
+    def fingerprint(self, seed: int) -> str:
+        """Identity of one model."""
+        return self.context.inputs.model_fingerprint(seed, {})
+
+    def build(self, seed: int, checkpoint: FileCheckpoint) -> Trained:
+        """Make one model."""
+        own = self.context.seed(seed)
+        settings = self.context.params.datasets[self.context.item.keys[0]].training
+        model, sets = self.task.new_model(own), self.sets
+        return fit(
+            model, self.task, sets.retain, sets.stop, settings, seed=own, checkpoint=checkpoint, cell_set=self.cell_set
+        )
+
+    def describe(self, _seed: int, trained: Trained) -> Record:
+        """Deterministic numbers about one model."""
+        return _training_summary(trained)
+
+    def make(self, seed: int) -> tuple[Path, Record | str]:
+        """Make one model in ``work/.resume``, or find it there; a diverged one is the reason in words."""
+        folder = self.context.workspace.resume(self.fingerprint(seed))
+        record_path, model_path = folder / "record.json", folder / "model.safetensors"
+        if not _is_finished(record_path, model_path):
+            checkpoint = FileCheckpoint(folder)
+            try:
+                trained = self.build(seed, checkpoint)
+                _check_finite(trained)
+            except NonFiniteError as error:
+                return folder, str(error)
+            artifacts.write_tensors(model_path, trained.model.state_dict())
+            record = {
+                "md5": dvc_md5(model_path),
+                "history": trained.history,
+                "metrics": self.describe(seed, trained),
+                "cost": {"seconds": checkpoint.seconds, "peak_memory_mb": _peak_memory_mb()},
+            }
+            artifacts.write_json(record_path, record)
+            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        return folder, dict(artifacts.read_json(record_path))
+
+
+@dataclass(frozen=True)
+class Unlearned(Population):
+    """The same, from the original of the same seed by a method."""
+
+    method: str
+
+    @property
+    def _originals(self) -> Path:
+        return self.context.workspace.work("train", self.context.item.keys[0])
+
+    def fingerprint(self, seed: int) -> str:
+        """Identity of one model: of all originals, only its own matters."""
+        original = loading.own_original(self.context.workspace, self.context.item.keys[0], seed)
+        return self.context.inputs.model_fingerprint(seed, original)
+
+    def build(self, seed: int, checkpoint: FileCheckpoint) -> Trained:
+        """Unlearn from one original."""
+        original = loading.load_original(self.task, self._originals / f"{seed}.safetensors")
+        settings, own = getattr(self.context.params.unlearn, self.method), self.context.seed(seed)
+        return METHODS[self.method].run(original, self.task, self.sets, settings, seed=own, checkpoint=checkpoint)
+
+    def describe(self, seed: int, trained: Trained) -> Record:
+        """Add how far the parameters moved."""
+        moved = loading.relative_change(self.task, self._originals / f"{seed}.safetensors", trained.model)
+        return {**_training_summary(trained), "relative_change": moved}
+
+
+def make(population: Population, seeds: Sequence[int]) -> None:
+    """Make every model on all cores; write models, curves, counts and costs.
+
+    A model that diverges is recorded and the others go on; it is an error when fewer than two are left.
+    """
+    context = population.context
+    with Progress(context.item.name, len(seeds)) as progress:
+        made = dict(zip(seeds, parallel.each(population.make, seeds, progress.advance, tracking.warm_up), strict=True))
+    failed = {str(seed): record for seed, (_, record) in made.items() if isinstance(record, str)}
+    if failed and len(seeds) - len(failed) < 2:
+        how_many = f"{len(failed)} of {len(seeds)}"
+        raise TooManyDivergedError(context.item.name, how_many, next(iter(failed.values())))
+    records: dict[str, Record] = {}
+    for seed, (folder, record) in made.items():
+        if isinstance(record, dict):
+            records[str(seed)] = record
+            artifacts.copy(folder / "model.safetensors", context.work / f"{seed}.safetensors")
+    rows = [{"seed": int(seed), **epoch} for seed, record in records.items() for epoch in record["history"]]
+    history = pd.DataFrame(rows, columns=None if rows else ["seed", "epoch"])
+    artifacts.write_table(context.results / "history.csv", history)
+    metrics = {seed: record["metrics"] for seed, record in records.items()}
+    artifacts.write_json(context.results / "result.json", {"seeds": metrics, "failed": failed})
+    costs = {seed: record["cost"] for seed, record in records.items()}
+    artifacts.write_json(context.results / "cost.json", {"seeds": costs, "machine": machine()})
+    context.track()
