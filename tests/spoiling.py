@@ -29,7 +29,9 @@ def shrink(params: Any) -> None:
     dataset["scenarios"] = {"half": {"kind": "subset", "cluster": "0", "fraction": 0.5}}
     dataset["model"].update(hidden=[16], latent=4)
     dataset["training"]["max_epochs"] = 2
-    params["pipeline"] = {"datasets": ["tiny"], "scenarios": ["half"], "methods": ["ssd", "partial_reset"]}
+    params["pipeline"] = {
+        "datasets": ["tiny"], "scenarios": ["half"], "shadow_blocks": [0], "methods": ["ssd", "partial_reset"],
+    }  # fmt: skip
     params["train"]["seeds"], params["retrain"]["seeds"] = [0, 1], [0, 1, 2]
     params["audit"].update(bootstrap_draws=50, null_draws=200)
 

@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A project whose models are made: prepared, split, trained, retrained."""
+    """A project whose models are made: prepared, split, trained, retrained, shadowed."""
     root = tmp_path_factory.mktemp("made")
     shutil.copy(ROOT / "params.yaml", root)
     shutil.copy(ROOT / "dvc.yaml", root)
@@ -59,6 +59,7 @@ def made(tmp_path_factory) -> Path:
         stages.split("tiny")
         stages.train("tiny")
         stages.retrain("tiny", "half")
+        stages.shadows("tiny", "0")
     torch.set_num_threads(threads)
     return root
 

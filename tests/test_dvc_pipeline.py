@@ -67,6 +67,7 @@ def shrink(root: Path) -> None:
     edit(root, "datasets", value={"tiny": dataset})
     edit(root, "datasets", "tiny", "scenarios", value={"half": {"kind": "subset", "cluster": "0", "fraction": 0.5}})
     edit(root, "pipeline", value={"datasets": ["tiny"], "scenarios": ["half"], "methods": METHODS})
+    edit(root, "pipeline", "shadow_blocks", value=[0])
     edit(root, "train", "seeds", value=[0, 1])
     edit(root, "retrain", "seeds", value=[0, 1, 2])
     edit(root, "audit", "bootstrap_draws", value=50)
@@ -74,7 +75,7 @@ def shrink(root: Path) -> None:
 
 
 ITEMS = [
-    "prepare@tiny", "split@tiny", "train@tiny", "retrain@tiny-half", "unlearn@tiny-half-ssd",
+    "prepare@tiny", "split@tiny", "train@tiny", "retrain@tiny-half", "shadows@tiny-0", "unlearn@tiny-half-ssd",
     "unlearn@tiny-half-partial_reset", "reference@tiny-half", "audit@tiny-half", "report", "track",
 ]  # fmt: skip
 
@@ -215,7 +216,8 @@ def test_repro_tracks_every_item_with_its_models_nested(project):
     parents = [run for run in runs if run.parent is None]
     # reference gives two rows of the comparison, audit one for each method; track is no run.
     stages = sorted(run.tags["stage"] for run in parents)
-    assert stages == sorted(["prepare", "split", "train", "retrain", "report", *["unlearn"] * 2, *["audit"] * 4])
+    once = ["prepare", "split", "train", "retrain", "shadows", "report"]
+    assert stages == sorted([*once, *["unlearn"] * 2, *["audit"] * 4])
     rows = {run.tags["method"]: run for run in parents if run.tags.get("kind") == "comparison"}
     assert set(rows) == {"original", "retrain", *METHODS}
     for method, models in (("original", 2), ("retrain", 3), ("ssd", 2), ("partial_reset", 2)):
@@ -224,7 +226,8 @@ def test_repro_tracks_every_item_with_its_models_nested(project):
         assert sorted(child.tags["seed"] for child in children) == [str(seed) for seed in range(models)]
         assert all("audit/elbo/auc" in child.metrics for child in children)
         assert {"audit/elbo/auc", "utility/elbo", "cost/seconds", "cost/passes"} <= set(rows[method].metrics)
-        assert {"result.json", "roc.png", "score_histograms.png"} == rows[method].files
+        own = {"cells.csv", "cell_scores.png"} if method in METHODS else set()
+        assert {"result.json", "roc.png", "score_histograms.png", *own} == rows[method].files
         assert rows[method].dataset[0][0] == "tiny"
     (trained,) = [run for run in parents if run.tags["stage"] == "train"]
     curves = [run.curve for run in runs if run.tags["stage"] == "train" and run.parent]
@@ -237,7 +240,7 @@ def test_repro_tracks_every_item_with_its_models_nested(project):
 
 def test_models_are_plain_tensors_one_a_seed(project):
     names = {path for path in project.files if path.endswith(".safetensors")}
-    folders = [("train/tiny", 2), ("retrain/tiny/half", 3), ("unlearn/tiny/half/ssd", 2),
+    folders = [("train/tiny", 2), ("retrain/tiny/half", 3), ("shadows/tiny/0", 8), ("unlearn/tiny/half/ssd", 2),
                ("unlearn/tiny/half/partial_reset", 2)]  # fmt: skip
     assert names == {f"work/{folder}/{seed}.safetensors" for folder, seeds in folders for seed in range(seeds)}
     one, other = (load_file(project.root / "work/train/tiny" / f"{seed}.safetensors") for seed in (0, 1))
@@ -259,9 +262,9 @@ def test_track_rebuilds_every_run_that_mlflow_lost(project, shell):
     before = tracked(project.root)
     shutil.rmtree(project.root / "mlruns")
     said = shell.run(project.root, "scforget", "track")
-    assert "track: 11 runs created, 0 known already" in said
+    assert "track: 12 runs created, 0 known already" in said
     assert tracked(project.root) == before
-    assert "track: 0 runs created, 11 known already" in shell.run(project.root, "scforget", "track")
+    assert "track: 0 runs created, 12 known already" in shell.run(project.root, "scforget", "track")
 
 
 def test_stage_forced_to_run_again_takes_its_finished_models(project, shell):
@@ -294,7 +297,7 @@ def test_one_setting_of_one_method_runs_that_method_alone_and_going_back_restore
     log = shell.dvc(root, "repro")
     assert ran(log) == ["track"]
     assert skipped(log) == ["unlearn@tiny-half-ssd", "audit@tiny-half"]
-    assert "track: 0 runs created, 11 known already" in log
+    assert "track: 0 runs created, 12 known already" in log
     assert contents(root / "work", root / "results", root / "report") == project.files
     assert tracked(root) == after
 

@@ -129,6 +129,7 @@ def test_runs_of_prepare_and_split_hold_every_number_of_the_result(workspace, st
 def audited(seeds: list[int]) -> dict[str, Any]:
     n = len(seeds)
     row = {"auc": 0.6, "signed": 0.1, "advantage": 0.2, "per_seed": [seed / 10 for seed in seeds]}
+    row["per_seed_intervals"] = [[0.1, 0.8]] * n
     return {
         "seeds": seeds,
         "verdict": "NOT_FORGOTTEN",
@@ -140,6 +141,9 @@ def audited(seeds: list[int]) -> dict[str, Any]:
                 "power": None, "noise_floor": 0.01, "side": "outside",
             }
         },
+        "worst_attack": {"worst": {"name": "lira_online", "auc": 0.9, "p_adjusted": 0.01}},
+        "population": {"klom": {"excess": 0.5}, "epsilon_bounds": {"membership": {"epsilon": 0.3}}},
+        "exposure": {"above_null": 0.25},
         "trace_per_seed": [float(seed) for seed in seeds],
         "utility": {
             "verdict": "KEPT",
@@ -166,12 +170,16 @@ def test_runs_of_an_audit_are_a_row_to_compare_by(workspace):
         "stage": "audit", "dvc.stage": "audit@pbmc-nk", "dataset": "pbmc", "scenario": "nk", "method": "ssd",
         "kind": "comparison",
         "verdict": "NOT_FORGOTTEN", "utility_verdict": "KEPT", "published_criterion": "False",
+        "worst_attack": "lira_online",
     }  # fmt: skip
     expected = {
         "audit/threshold/auc": 0.6, "audit/threshold/signed": 0.1, "audit/threshold/advantage": 0.2,
         "audit/threshold/distance_to_retrain": 0.05, "other_controls/all_unseen/threshold/auc": 0.6,
         "audit/membership/mean": 0.6, "audit/membership/low": 0.05, "audit/membership/high": 0.15,
         "audit/membership/p_tost": 0.9, "utility/elbo": -100.0, "utility/inside/elbo": -120.0,
+        "audit/worst_attack/auc": 0.9, "audit/worst_attack/p_adjusted": 0.01,
+        "audit/klom/excess": 0.5,
+        "audit/epsilon_bound/membership": 0.3, "audit/exposed_share": 0.25,
         "cost/steps": 15.0, "cost/passes_ratio": 1.0, "cost/seconds": 2.5, "cost/seconds_ratio": 1.0,
     }  # fmt: skip
     assert expected.items() <= run.metrics.items()
@@ -183,8 +191,12 @@ def test_runs_of_an_audit_are_a_row_to_compare_by(workspace):
     }  # fmt: skip
     three, seven = run.children
     assert three.fingerprint == "f-3"
-    assert three.metrics == {"audit/threshold/auc": 0.3, "audit/trace": 3.0, "utility/elbo": -99.0}
-    assert seven.metrics == {"audit/threshold/auc": 0.7, "audit/trace": 7.0}
+    assert three.metrics == {
+        "audit/threshold/auc": 0.3, "audit/threshold/low": 0.1, "audit/threshold/high": 0.8, "audit/trace": 3.0,
+        "utility/elbo": -99.0,
+    }  # fmt: skip
+    assert seven.metrics["audit/threshold/auc"] == 0.7
+    assert "utility/elbo" not in seven.metrics
     assert three.tags["seed"] == "3"
 
 

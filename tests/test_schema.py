@@ -123,10 +123,6 @@ def test_params_need_two_different_seeds_or_more(content, seeds):
         assert refused(changed(content, population, "seeds", value=seeds)).key.startswith(f"{population}.seeds")
 
 
-def test_params_need_three_retrains_so_that_each_is_measured_against_a_spread(content):
-    assert "at least 3 items" in refused(changed(content, "retrain", "seeds", value=[1, 2])).why
-
-
 @pytest.mark.parametrize("name", ["a b", "a-b", "a/b", "..", "", "a.b", "cd4+", "é"])
 def test_names_hold_nothing_that_a_path_a_stage_or_a_dotted_key_could_trip_over(content, name):
     dataset = content["datasets"]["pbmc68k"]

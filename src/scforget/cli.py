@@ -16,6 +16,7 @@ from scforget.errors import ScforgetError
 
 Dataset = Annotated[str, typer.Argument(help="A data set of params.yaml (pipeline.datasets).")]
 Scenario = Annotated[str, typer.Argument(help="A forget request of params.yaml (pipeline.scenarios).")]
+ShadowBlock = Annotated[str, typer.Argument(help="A block of params.yaml (pipeline.shadow_blocks).")]
 Method = Annotated[str, typer.Argument(help="An unlearning method of params.yaml (pipeline.methods).")]
 
 app = typer.Typer(
@@ -74,6 +75,14 @@ def retrain(dataset: Dataset, scenario: Scenario) -> None:
 
 
 @app.command(rich_help_panel=PIPELINE)
+def shadows(dataset: Dataset, shadow_block: ShadowBlock) -> None:
+    """Train a block of shadow models on random halves of the cells, for the attacks. Resumes after a kill."""
+    from scforget import stages
+
+    stages.shadows(dataset, shadow_block)
+
+
+@app.command(rich_help_panel=PIPELINE)
 def unlearn(dataset: Dataset, scenario: Scenario, method: Method) -> None:
     """Unlearn the forgotten cells from each original by one method. Resumes after a kill."""
     from scforget import stages
@@ -84,17 +93,26 @@ def unlearn(dataset: Dataset, scenario: Scenario, method: Method) -> None:
 @app.command(rich_help_panel=PIPELINE)
 def reference(dataset: Dataset, scenario: Scenario) -> None:
     """Score originals and retrains: what there is to forget, the target, the noise between retrains."""
-    from scforget import stages
+    from scforget import auditing
 
-    stages.reference(dataset, scenario)
+    auditing.reference(dataset, scenario)
 
 
 @app.command(rich_help_panel=PIPELINE)
-def audit(dataset: Dataset, scenario: Scenario) -> None:
+def audit(
+    dataset: Dataset,
+    scenario: Scenario,
+    explain: Annotated[bool, typer.Option("--explain", help="Run nothing: say in plain words what was found.")] = False,
+) -> None:
     """Attack every method's models, test them against the retrains, and give the verdicts. Resumes after a kill."""
-    from scforget import stages
+    if explain:
+        from scforget import closing
 
-    stages.audit(dataset, scenario)
+        closing.explain(dataset, scenario)
+    else:
+        from scforget import auditing
+
+        auditing.audit(dataset, scenario)
 
 
 @app.command(rich_help_panel=PIPELINE)

@@ -11,8 +11,10 @@ from rich.console import Console
 
 from scforget import artifacts, pictures, replay, results, schema
 from scforget.artifacts import Workspace
+from scforget.errors import ConfigError
 from scforget.pipeline import Pipeline
 from scforget.report import comparisons, figures, page, tables
+from scforget.report import explain as saying
 from scforget.results import Record
 from scforget.tracking import Store
 
@@ -127,6 +129,21 @@ def track() -> tuple[int, int, dict[str, str]]:
             else:
                 known += 1
     return created, known, {item.name: path for item, path in astray.items()}
+
+
+def explain(dataset: str, scenario: str) -> None:
+    """Print what the audit of one forget request found, in plain words."""
+    root = Path.cwd()
+    params, workspace = schema.load(root / "params.yaml"), Workspace(root)
+    if dataset not in params.pipeline.datasets or scenario not in params.pipeline.scenarios:
+        known = [f"{one} {other}" for one in params.pipeline.datasets for other in params.pipeline.scenarios]
+        why = f"{dataset} {scenario} is not part of it; it has {', '.join(known)}"
+        raise ConfigError(root / "params.yaml", "pipeline", why)
+    audits = results.audits(workspace, dataset, scenario, params.pipeline.methods)
+    request = params.datasets[dataset].scenarios[scenario]
+    wanted = ", ".join(f"{key} {value}" for key, value in request.model_dump().items())
+    cells = audits["original"]["groups"]["forget"]
+    print(saying.explain(audits, f"{dataset} / {scenario}: forget {cells} cells ({wanted})"))
 
 
 def show() -> None:

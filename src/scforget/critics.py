@@ -9,12 +9,11 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.nn.utils.parametrizations import spectral_norm
 
-from scforget import seeding
+from scforget import optimisers, seeding
 from scforget.arrays import IntArray
 from scforget.data.splits import ForgetSets
 from scforget.errors import DataError, EmptyGroupError, NonFiniteError
@@ -138,6 +137,8 @@ def plain_bce(members: Tensor, others: Tensor) -> Tensor:
 def auc(members: Tensor, others: Tensor) -> float:
     """Chance that a member's logit is above another cell's, ties as halves: ``[F]``, ``[A]`` → [0, 1]."""
     labels = np.repeat([1, 0], [len(members), len(others)])
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(labels, torch.cat([members, others]).numpy()))
 
 
@@ -199,7 +200,7 @@ def train(
     The losses are summed over critics; Adam treats every parameter by itself, so each is trained as if alone. Dropout
     draws from torch's global stream. The critics are left in eval mode.
     """
-    optimiser = torch.optim.Adam(critics.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    optimiser = optimisers.Adam(critics.parameters(), learning_rate, weight_decay)
     critics.train()
     both = torch.cat([forget, others])
     for _ in range(steps):

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scforget.artifacts import Arrays, Workspace, read_arrays
+from scforget.artifacts import Arrays, Workspace, read_arrays, read_json, read_table
 from scforget.audit import utility
-from scforget.report import figures
+from scforget.report import cells, figures
+from scforget.report.tables import bounds
 from scforget.results import REFERENCES
 
 if TYPE_CHECKING:
@@ -25,8 +26,17 @@ def _scores(workspace: Workspace, dataset: str, scenario: str, method: str) -> t
     return reference, read_arrays(workspace.results("audit", dataset, scenario, method) / "scores.npz")
 
 
+def _cells(workspace: Workspace, dataset: str, scenario: str, method: str, title: str) -> dict[str, Figure]:
+    """Exposure of single cells; nothing for originals and retrains, whose stage leaves no table of cells."""
+    folder = workspace.results("audit", dataset, scenario, method)
+    if method in REFERENCES or not (folder / "cells.csv").exists():
+        return {}
+    band = bounds(read_json(folder / "result.json"), "exposure", "null_band")
+    return {"cell_scores": cells.cell_scores(read_table(folder / "cells.csv"), band, title)}
+
+
 def audited(workspace: Workspace, dataset: str, scenario: str, method: str) -> dict[str, Figure]:
-    """ROC and score histograms of an audited population, by file stem."""
+    """ROC, score histograms and, of an unlearning method, exposure of single cells; by file stem."""
     reference, scores = _scores(workspace, dataset, scenario, method)
     forget, controls = reference["forget"], reference["same_group"]
 
@@ -39,6 +49,7 @@ def audited(workspace: Workspace, dataset: str, scenario: str, method: str) -> d
     return {
         "roc": figures.roc({name: of(name) for name in names}, title),
         "score_histograms": figures.score_histograms(*of(method), of("retrain")[0], title=title),
+        **_cells(workspace, dataset, scenario, method, title),
     }
 
 

@@ -153,7 +153,11 @@ class Pipeline:
     def items(self, stage: str | None = None) -> list[Item]:
         """All items, in the order of dvc.yaml, or those of one stage."""
         names = [stage] if stage else list(self._stages)
-        return [Item(name, keys) for name in names for keys in itertools.product(*self._axes(name).values())]
+        return [
+            Item(name, tuple(map(str, keys)))
+            for name in names
+            for keys in itertools.product(*self._axes(name).values())
+        ]
 
     def _described(self, item: Item) -> tuple[dict[str, Any], dict[str, str]]:
         return self._stages[item.stage], dict(zip(self._axes(item.stage), item.keys, strict=True))

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from scforget import artifacts, loading, parallel, tracking
+from scforget.arrays import BoolArray, IntArray
 from scforget.artifacts import FileCheckpoint
 from scforget.context import Context
 from scforget.data.splits import ForgetSets
@@ -63,7 +64,7 @@ def _is_finished(record_path: Path, model_path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Population:
-    """How the models of a stage item are made, one for each seed; here: trained from scratch.
+    """How the models of a stage item are made, one for each seed; here: trained from scratch on ``sets.retain``.
 
     Picklable, so that worker processes can make them.
     """
@@ -79,12 +80,16 @@ class Population:
 
     def build(self, seed: int, checkpoint: FileCheckpoint) -> Trained:
         """Make one model."""
-        own = self.context.seed(seed)
+        own, cells = self.context.seed(seed), self.cells(seed)
         settings = self.context.params.datasets[self.context.item.keys[0]].training
-        model, sets = self.task.new_model(own), self.sets
         return fit(
-            model, self.task, sets.retain, sets.stop, settings, seed=own, checkpoint=checkpoint, cell_set=self.cell_set
-        )
+            self.task.new_model(own), self.task, cells, self.sets.stop, settings, seed=own, checkpoint=checkpoint,
+            cell_set=self.cell_set,
+        )  # fmt: skip
+
+    def cells(self, _seed: int) -> IntArray:
+        """What one model is trained on."""
+        return self.sets.retain
 
     def describe(self, _seed: int, trained: Trained) -> Record:
         """Deterministic numbers about one model."""
@@ -140,6 +145,17 @@ class Unlearned(Population):
         return {**_training_summary(trained), "relative_change": moved}
 
 
+@dataclass(frozen=True)
+class Shadows(Population):
+    """The same, each on its own half of the cells that an audit may ask about."""
+
+    members: BoolArray
+
+    def cells(self, seed: int) -> IntArray:
+        """The half of one model."""
+        return self.sets.retain[self.members[seed]]
+
+
 def make(population: Population, seeds: Sequence[int]) -> None:
     """Make every model on all cores; write models, curves, counts and costs.
 
@@ -164,4 +180,3 @@ def make(population: Population, seeds: Sequence[int]) -> None:
     artifacts.write_json(context.results / "result.json", {"seeds": metrics, "failed": failed})
     costs = {seed: record["cost"] for seed, record in records.items()}
     artifacts.write_json(context.results / "cost.json", {"seeds": costs, "machine": machine()})
-    context.track()

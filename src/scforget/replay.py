@@ -21,12 +21,13 @@ from scforget.tracking import DatasetInput, Run, flatten
 
 Record = dict[str, Any]
 Artifacts = Callable[[], Mapping[str, bytes]]
-_POPULATIONS = ("train", "retrain", "unlearn")
+_POPULATIONS = ("train", "retrain", "shadows", "unlearn")
 
 
 def tags(item: Item, **more: object) -> dict[str, str]:
     """Tags that say what a run is of."""
-    axes = dict(zip(("dataset", "scenario", "method"), item.keys, strict=False))
+    names = ("dataset", "shadow_block") if item.stage == "shadows" else ("dataset", "scenario", "method")
+    axes = dict(zip(names, item.keys, strict=False))
     named = {"stage": item.stage, "dvc.stage": item.name, **axes, **more}
     return {key: str(value) for key, value in named.items()}
 
@@ -52,6 +53,19 @@ def _numbers(record: Record, prefix: str) -> dict[str, float]:
     return {key: float(value) for key, value in flat.items() if isinstance(value, int | float)}
 
 
+def _evidence(record: Record) -> dict[str, float]:
+    """What stands under the verdict, as far as it was measured."""
+    worst, models = record.get("worst_attack") or {}, record.get("population") or {}
+    found = {f"worst_attack/{key}": (worst.get("worst") or {}).get(key) for key in ("auc", "p_adjusted")}
+    found |= {key: models.get(key) for key in ("forgetting_quality",)}
+    found |= {f"klom/{key}": (models.get("klom") or {}).get(key) for key in ("value", "excess")}
+    found["u_lira/auc"] = (models.get("u_lira") or {}).get("auc")
+    for name, bound in (models.get("epsilon_bounds") or {}).items():
+        found[f"epsilon_bound/{name}"] = bound.get("epsilon")
+    found["exposed_share"] = (record.get("exposure") or {}).get("above_null")
+    return _numbers(found, "audit/")
+
+
 def audit_metrics(record: Record) -> dict[str, float]:
     """What a person compares methods by: ``audit/…``, ``utility/…``, ``cost/…``."""
     metrics: dict[str, float] = {}
@@ -64,6 +78,7 @@ def audit_metrics(record: Record) -> dict[str, float]:
         shown = ("mean", "target_mean", "difference", "p_tost", "power", "noise_floor")
         metrics |= _numbers({key: row.get(key) for key in shown}, f"audit/{statistic}/")
         metrics |= _numbers(dict(zip(("low", "high"), row["interval"], strict=True)), f"audit/{statistic}/")
+    metrics |= _evidence(record)
     for name in ("noise_floor", "design_power"):
         metrics |= _numbers(record.get(name) or {}, f"audit/{name}/")
     for place, prefix in (("outside", "utility/"), ("inside", "utility/inside/")):
@@ -73,10 +88,14 @@ def audit_metrics(record: Record) -> dict[str, float]:
 
 def _seed_metrics(record: Record, index: int) -> dict[str, float]:
     """The same of one model of a population."""
-    metrics = {
-        f"audit/{attack}/auc": by_control["same_group"]["per_seed"][index]
-        for attack, by_control in record["attacks"].items()
-    }
+    metrics = {}
+    for attack, by_control in record["attacks"].items():
+        row = by_control["same_group"]
+        metrics[f"audit/{attack}/auc"] = row["per_seed"][index]
+        if intervals := row.get("per_seed_intervals"):
+            metrics |= {
+                f"audit/{attack}/{end}": value for end, value in zip(("low", "high"), intervals[index], strict=True)
+            }
     metrics["audit/trace"] = record["trace_per_seed"][index]
     for key, row in record["utility"].get("outside", {}).items():
         if row["per_seed"][index] is not None:
@@ -94,6 +113,7 @@ def _audited(workspace: Workspace, inputs: Inputs, item: Item, method: str, reco
         "verdict": str(record.get("verdict")),
         "utility_verdict": str(record["utility"].get("verdict")),
         "published_criterion": str(record.get("published_criterion")),
+        "worst_attack": str(((record.get("worst_attack") or {}).get("worst") or {}).get("name")),
     }
     children = tuple(
         Run(f"{method} seed {seed}", f"{fingerprint}-{seed}", {**common, "seed": str(seed)}, {},
@@ -110,10 +130,10 @@ def _audited(workspace: Workspace, inputs: Inputs, item: Item, method: str, reco
 
 def _audit_artifacts(workspace: Workspace, item: Item, method: str) -> Artifacts:
     def make() -> dict[str, bytes]:
+        folder = workspace.results(item.stage, *item.keys)
         drawn = pictures.audited(workspace, item.keys[0], item.keys[1], method)
-        return {"result.json": read_bytes(workspace.results(item.stage, *item.keys) / "result.json")} | {
-            f"{name}.png": png_bytes(figure) for name, figure in drawn.items()
-        }
+        files = {path.name: read_bytes(path) for path in sorted(folder.glob("*.*")) if path.suffix != ".npz"}
+        return files | {f"{name}.png": png_bytes(figure) for name, figure in drawn.items()}
 
     return make
 

@@ -26,6 +26,7 @@ class PipelineSettings(Settings):
 
     datasets: Names
     scenarios: Names
+    shadow_blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     methods: Names
 
     @field_validator("methods")
@@ -61,12 +62,6 @@ class Population(Settings):
         return seeds
 
 
-class Target(Population):
-    """The retrains: each is measured against the others, and two others are the fewest that have a spread."""
-
-    seeds: Annotated[list[int], Field(min_length=3)]
-
-
 _unlearn_fields: dict[str, Any] = {name: (method.settings, ...) for name, method in METHODS.items()}
 UnlearnSettings = create_model("UnlearnSettings", __base__=Settings, **_unlearn_fields)
 
@@ -84,7 +79,7 @@ class Params(Settings):
     downloads: dict[Name, str | None]
     datasets: dict[Name, DatasetSettings]
     train: Population
-    retrain: Target
+    retrain: Population
     unlearn: UnlearnSettings
     audit: AuditSettings
 

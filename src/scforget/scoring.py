@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from scipy import sparse
 
 from scforget import artifacts, loading, parallel, seeding
 from scforget.arrays import BoolArray, FloatArray, IntArray
 from scforget.artifacts import Workspace
-from scforget.attacks import ATTACKS
+from scforget.attacks import MODEL_ATTACKS, gene_list, mlp
+from scforget.attacks.references import References
 from scforget.audit import utility
-from scforget.audit.assess import Groups, Population
+from scforget.audit.scene import Groups, Population, Scene
 from scforget.data import controls
-from scforget.errors import EmptyGroupError
+from scforget.errors import ArtifactError, EmptyGroupError
 from scforget.models.mixture import Model
+from scforget.models.vae import VAE
 from scforget.progress import Progress
 from scforget.schema import Params
 from scforget.tasks import Signals
+
+CONTROLS = ("same_group", "matched_knn", "all_unseen")
 
 
 class _Scored(NamedTuple):
@@ -28,6 +34,7 @@ class _Scored(NamedTuple):
 
     seed: int
     scores: dict[str, FloatArray]
+    attackers: FloatArray
     utility: dict[str, dict[str, float]]
     latent: FloatArray
 
@@ -35,8 +42,9 @@ class _Scored(NamedTuple):
 def _stack(models: list[_Scored]) -> Population:
     scores = {name: np.stack([model.scores[name] for model in models]) for name in models[0].scores}
     return Population(
-        [m.seed for m in models], scores, [m.utility for m in models], models[0].latent.astype(np.float32)
-    )
+        [m.seed for m in models], scores, [m.utility for m in models], models[0].latent.astype(np.float32),
+        np.stack([m.attackers for m in models]),
+    )  # fmt: skip
 
 
 def _models(folder: Path) -> list[Path]:
@@ -48,7 +56,7 @@ def _models(folder: Path) -> list[Path]:
 
 
 class Scorer:
-    """Scores populations of models on the forget cells and the unseen cells of one scenario.
+    """Scores populations of models on the forget, unseen and aside cells of one scenario.
 
     Parameters
     ----------
@@ -60,7 +68,13 @@ class Scorer:
     Attributes
     ----------
     cells, labels : ``[n]``
-        The scored cells and their labels: forget cells first, then all unseen ones.
+        The scored cells and their labels: forget cells first, then all unseen ones, then those set aside.
+    names, donors : ``[n]``
+        Barcodes; whose each cell is, empty where that is not known.
+    forget, unseen, aside : ``[n]`` bool
+        Which is which.
+    attacker
+        The published attack's net, once it is there; it is trained by :meth:`train_published`.
     """
 
     def __init__(self, workspace: Workspace, params: Params, dataset: str, scenario: str) -> None:
@@ -72,20 +86,47 @@ class Scorer:
         self._markers = np.flatnonzero(np.isin(genes, markers)).astype(np.int64)
         self._scenario = loading.load_scenario(workspace, dataset, scenario)
         self._name = f"{dataset} {scenario}"
-        unseen = loading.load_sets(workspace, dataset).unseen
-        self.cells: IntArray = np.concatenate([self._scenario.sets.forget, unseen])
+        sets, forget = loading.load_sets(workspace, dataset), self._scenario.sets.forget
+        self.cells: IntArray = np.concatenate([forget, sets.unseen, sets.aside])
+        self.forget, self.unseen, self.aside = (
+            np.repeat(which, [len(forget), len(sets.unseen), len(sets.aside)]) for which in np.eye(3, dtype=bool)
+        )
+        self._same_group: BoolArray = self.unseen & np.isin(self.cells, self._scenario.controls)
         self.labels = cells.obs["label"].astype(str).to_numpy()[self.cells].astype(np.str_)
-        self._is_forget: BoolArray = np.arange(len(self.cells)) < len(self._scenario.sets.forget)
+        self.names = cells.obs_names.to_numpy()[self.cells].astype(np.str_)
+        known = cells.obs["donor"].astype(str).to_numpy() if "donor" in cells.obs else np.full(cells.n_obs, "")
+        self.donors = known[self.cells].astype(np.str_)
+        self._raw, self._modelled = sparse.csr_matrix(cells.X), np.isin(cells.var_names, genes)
+        self.attacker: mlp.PublishedAttacker | None = None
+
+    def _features_as_published(self, model: VAE) -> FloatArray:
+        """What the published attacker sees, of one draw of each posterior; a mixture has no single one."""
+        noise = seeding.torch_generator(self._seed, "published attacker", self._name)
+        with torch.no_grad():
+            return self._task.features(model, self._task.batch(self.cells), noise).double().numpy()
+
+    def _attack(self, model: Model, signals: Signals) -> tuple[dict[str, FloatArray], FloatArray]:
+        """Scores of every attack that looks at one model by itself, and the learned one's for each attacker seed."""
+        settings = self._settings
+        known = self._task.signals(model, self._scenario.sets.retain)
+        scores: dict[str, FloatArray] = {}
+        for name, attack in MODEL_ATTACKS.items():
+            scores |= attack.run(signals, known, settings.of(name))
+        learned = mlp.mlp(
+            mlp.attack_features(signals), self.forget, self._same_group, settings.of("mlp"),
+            seeding.derive(self._seed, "mlp", self._name),
+        )  # fmt: skip
+        scores["mlp"] = learned.scores
+        if self.attacker is not None and isinstance(model, VAE):
+            scores["published_mlp"] = self.attacker.score(self._features_as_published(model))
+        return scores, learned.per_attacker
 
     def _score(self, path: Path) -> _Scored:
         """Score one model."""
         model = loading.load_model(self._task, path)
         signals = self._task.signals(model, self.cells)
-        known = self._task.signals(model, self._scenario.sets.retain)
-        scores: dict[str, FloatArray] = {}
-        for name, attack in ATTACKS.items():
-            scores |= attack.run(signals, known, getattr(self._settings.attacks, name))
-        return _Scored(int(path.stem), scores, self._utility(model, signals), signals.mu)
+        scores, attackers = self._attack(model, signals)
+        return _Scored(int(path.stem), scores, attackers, self._utility(model, signals), signals.mu)
 
     def populations(self, *folders: Path, meanwhile: Callable[[], None] | None = None) -> list[Population]:
         """Score every model of some folders on all cores, models in the order of their seeds; see ``parallel.each``."""
@@ -104,36 +145,59 @@ class Scorer:
 
         Neighbours are by posterior means, or by one draw of each posterior under ``protocol: published``.
         """
-        first = min(folder.glob("*.safetensors"), key=lambda path: int(path.stem))
-        signals = self._task.signals(loading.load_model(self._task, first), self.cells)
+        signals = self._task.signals(loading.load_model(self._task, _models(folder)[0]), self.cells)
         latent = signals.mu
         if self._samples_latent:
             noise = seeding.numpy_generator(self._seed, "matched", self._name)
             latent = latent + np.exp(0.5 * signals.log_var) * noise.standard_normal(latent.shape)
-        unseen = ~self._is_forget
-        matched = unseen.copy()
-        matched[unseen] = controls.matched_knn(
-            latent[self._is_forget], latent[unseen], self._settings.matched_neighbours
+        matched = self.unseen.copy()
+        matched[self.unseen] = controls.matched_knn(
+            latent[self.forget], latent[self.unseen], self._settings.matched_neighbours
         )
-        same_group = unseen & np.isin(self.cells, self._scenario.controls)
-        return Groups(self._is_forget, {"same_group": same_group, "matched_knn": matched, "all_unseen": unseen})
+        return Groups(self.forget, dict(zip(CONTROLS, (self._same_group, matched, self.unseen), strict=True)))
 
-    def references(self, folder: Path) -> tuple[Population, Population, Groups]:
-        """Read back originals, retrains and groups as the ``reference`` stage scored them."""
-        arrays = artifacts.read_arrays(folder / "scores.npz")
-        records = artifacts.read_json(folder / "result.json")
+    def train_published(self, folder: Path, groups: Groups) -> mlp.PublishedAttacker:
+        """Train the published attack's net on the first original, as the single-cell paper did, and use it from now."""
+        features = self._features_as_published(loading.load_original(self._task, _models(folder)[0]))
+        seed = seeding.derive(self._seed, "published attacker", self._name)
+        self.attacker = mlp.fit_published(features, groups.forget, groups.controls["matched_knn"], seed)
+        return self.attacker
 
-        def read(name: str) -> Population:
-            scores = {key.removeprefix(f"{name}/"): v for key, v in arrays.items() if key.startswith(f"{name}/")}
-            latent = scores.pop("latent")
-            return Population(records[name]["seeds"], scores, records[name]["utility_rows"], latent)
+    def shuffled(self, folder: Path) -> dict[str, float]:
+        """AUC of the learned attack on the first model of a folder when the labels mean nothing."""
+        signals = self._task.signals(loading.load_model(self._task, _models(folder)[0]), self.cells)
+        settings = self._settings.of("mlp")
+        return mlp.shuffled_label_null(
+            mlp.attack_features(signals), self.forget, self._same_group, settings,
+            seeding.derive(self._seed, "shuffled", self._name), settings.shuffled_draws,
+        )  # fmt: skip
 
-        kinds = {name: arrays[name] for name in ("same_group", "matched_knn", "all_unseen")}
-        return read("original"), read("retrain"), Groups(arrays["forget"], kinds)
+    def gene_list(self) -> FloatArray | None:
+        """``[n]``: how typical each cell is of the modelled genes, before any model; None when all genes are."""
+        if self._modelled.all():
+            return None
+        counts = self._raw[self.cells]
+        totals = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1.0)
+        expression = sparse.csr_matrix(sparse.diags(np.median(totals) / totals) @ counts).log1p()
+        return gene_list.gene_list(expression, self._modelled)
+
+    def references(self, retrains: FloatArray, shadows: list[Path]) -> References:
+        """Retrains and shadow models on the scored cells, for the attacks that need them."""
+        elbos, members = [], []
+        for path in shadows:
+            block = artifacts.read_arrays(path)
+            place = np.full(int(max(block["cells"].max(), self.cells.max())) + 1, -1)
+            place[block["cells"]] = np.arange(len(block["cells"]))
+            if missing := int((place[self.cells] < 0).sum()):
+                why = f"{missing} cells of {self._name} are not in it; run the shadows stage again"
+                raise ArtifactError(path, why)
+            elbos.append(block["elbo"][:, place[self.cells]])
+            members.append(block["members"][:, place[self.cells]])
+        return References(retrains, np.concatenate(elbos), np.concatenate(members), self.aside)
 
     def _utility(self, model: Model, signals: Signals) -> dict[str, dict[str, float]]:
         """Utility on unseen cells outside the forgotten kind, and inside it."""
-        unseen, group = ~self._is_forget, self._scenario.group[self.cells]
+        unseen, group = self.unseen, self._scenario.group[self.cells]
         if group[unseen].all():  # scattered: no kind is forgotten, every unseen cell counts as outside
             group = np.zeros_like(group)
         places = {"outside": unseen & ~group, "inside": unseen & group}
@@ -152,3 +216,50 @@ class Scorer:
             **utility.posterior_predictive(self._task.counts[cells].toarray(), *self._task.predicted(model, cells)),
         }
         return {name: value for name, value in found.items() if np.isfinite(value)}
+
+
+def read_scene(folder: Path) -> Scene:
+    """Read back what the ``reference`` stage left: what every population of a scenario is judged against."""
+    arrays = artifacts.read_arrays(folder / "scores.npz")
+    records = artifacts.read_json(folder / "result.json")
+
+    def part(name: str) -> dict[str, npt.NDArray[Any]]:
+        return {key.removeprefix(f"{name}/"): v for key, v in arrays.items() if key.startswith(f"{name}/")}
+
+    def population(name: str) -> Population:
+        scores = part(name)
+        latent, attackers = scores.pop("latent"), scores.pop("attackers")
+        return Population(records[name]["seeds"], scores, records[name]["utility_rows"], latent, attackers)
+
+    originals, retrains = population("original"), population("retrain")
+    groups = Groups(arrays["forget"], {name: arrays[name] for name in CONTROLS})
+    shadows = part("shadow")
+    references = References(retrains.scores["elbo"], shadows["elbo"], shadows["members"], arrays["aside"])
+    return Scene(originals, retrains, groups, references, arrays["labels"], arrays["names"], arrays["donors"])
+
+
+def read_attacker(folder: Path) -> mlp.PublishedAttacker:
+    """Read back the published attack's net."""
+    arrays = artifacts.read_arrays(folder / "scores.npz")
+    kept = {key.removeprefix("attacker/"): v for key, v in arrays.items() if key.startswith("attacker/")}
+    return mlp.PublishedAttacker.from_arrays(kept)
+
+
+def scene_arrays(scene: Scene) -> dict[str, npt.NDArray[Any]]:
+    """What :func:`read_scene` reads back."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "forget": scene.groups.forget,
+        "aside": scene.references.aside,
+        **scene.groups.controls,
+    }
+    arrays |= {"labels": scene.labels, "names": scene.names, "donors": scene.donors}
+    arrays |= {"shadow/elbo": scene.references.shadows, "shadow/members": scene.references.members}
+    for name, population in (("original", scene.originals), ("retrain", scene.target)):
+        arrays |= population_arrays(name, population)
+    return arrays
+
+
+def population_arrays(name: str, population: Population) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of one population, each under its name."""
+    arrays: dict[str, npt.NDArray[Any]] = {f"{name}/{key}": values for key, values in population.scores.items()}
+    return {**arrays, f"{name}/latent": population.latent, f"{name}/attackers": population.attackers}

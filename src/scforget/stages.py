@@ -1,4 +1,4 @@
-"""One function for each DVC stage: load, call science, save, track.
+"""One function for each DVC stage that makes something: load, call science, save, track.
 
 Results are on disk before tracking is called, and finished models before their stage ends, so that neither an
 unreachable server nor a kill loses work.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from anndata import AnnData
 
-from scforget import artifacts, auditing, loading, parallel, populations, scoring, seeding, tracking
-from scforget.audit import assess
+from scforget import artifacts, loading, populations, seeding
 from scforget.context import Context, open_item
 from scforget.data import genes, sources, splits
 from scforget.data import prepare as preparing
 from scforget.data.splits import ForgetSets
-from scforget.progress import Progress
+
+#: Shadow models of a block.
+SHADOWS = 8
 
 
 def prepare(dataset: str) -> None:
@@ -86,6 +88,7 @@ def train(dataset: str) -> None:
     sets = loading.load_sets(context.workspace, dataset)
     nothing_forgotten = ForgetSets(sets.train[:0], sets.train, sets.stop, sets.aside)
     populations.make(populations.Population(context, task, nothing_forgotten, "train"), context.params.train.seeds)
+    context.track()
 
 
 def retrain(dataset: str, scenario: str) -> None:
@@ -94,6 +97,24 @@ def retrain(dataset: str, scenario: str) -> None:
     task = loading.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
     sets = loading.load_scenario(context.workspace, dataset, scenario).sets
     populations.make(populations.Population(context, task, sets, "retain"), context.params.retrain.seeds)
+    context.track()
+
+
+def shadows(dataset: str, shadow_block: str) -> None:
+    """Train a block of shadow models on random halves of the training and unseen cells, and score every cell."""
+    context = open_item("shadows", dataset, shadow_block)
+    task = loading.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
+    sets = loading.load_sets(context.workspace, dataset)
+    dealt = np.sort(np.concatenate([sets.train, sets.unseen]))
+    members = splits.deal_halves(len(dealt), SHADOWS, seeding.numpy_generator(context.seed("cells")))
+    halves = ForgetSets(dealt[:0], dealt, sets.stop, sets.aside)
+    populations.make(populations.Shadows(context, task, halves, "half", members), range(SHADOWS))
+    scored = np.concatenate([dealt, sets.aside])
+    made = sorted(int(path.stem) for path in context.work.glob("*.safetensors"))
+    elbos = [task.signals(loading.load_model(task, context.work / f"{seed}.safetensors"), scored).elbo for seed in made]
+    held = np.pad(members[made], ((0, 0), (0, len(sets.aside))))
+    artifacts.write_arrays(context.work / "scores.npz", {"cells": scored, "members": held, "elbo": np.stack(elbos)})
+    context.track()
 
 
 def unlearn(dataset: str, scenario: str, method: str) -> None:
@@ -104,40 +125,4 @@ def unlearn(dataset: str, scenario: str, method: str) -> None:
     made = artifacts.read_json(context.workspace.results("train", dataset) / "result.json")
     seeds = [int(seed) for seed in made["seeds"]]
     populations.make(populations.Unlearned(context, task, sets, "retain", method), sorted(seeds))
-
-
-def reference(dataset: str, scenario: str) -> None:
-    """Score originals and retrains: what there is to forget, the target, and the noise between retrains."""
-    context = open_item("reference", dataset, scenario)
-    workspace, settings = context.workspace, context.params.audit
-    scorer = scoring.Scorer(workspace, context.params, dataset, scenario)
-    folders = workspace.work("train", dataset), workspace.work("retrain", dataset, scenario)
-    originals, retrains = scorer.populations(*folders, meanwhile=tracking.warm_up)
-    groups = scorer.groups(folders[0])
-    seed = context.params.seed  # not the item's: the null band of a scenario is one and the same for all methods
-    target = assess.describe_target(retrains, len(originals.seeds), groups, settings, seed)
-    original = assess.judge(
-        "original", originals, originals=originals, target=retrains, target_attacks=target["attacks"], groups=groups,
-        settings=settings, seed=seed,
-    )  # fmt: skip
-    records = {"original": original, "retrain": target}
-    artifacts.write_json(context.results / "result.json", records)
-    scores = {f"original/{name}": values for name, values in originals.scores.items()}
-    scores |= {f"retrain/{name}": values for name, values in retrains.scores.items()}
-    masks = {"cells": scorer.cells, "forget": groups.forget, **groups.controls}
-    scores |= {"original/latent": originals.latent, "retrain/latent": retrains.latent}
-    artifacts.write_arrays(context.results / "scores.npz", {**masks, "labels": scorer.labels, **scores})
-    context.track()
-
-
-def audit(dataset: str, scenario: str) -> None:
-    """Attack every method's models, test them against the retrains, and give the verdicts."""
-    context = open_item("audit", dataset, scenario)
-    audits = auditing.Audits(context, scoring.Scorer(context.workspace, context.params, dataset, scenario))
-    methods = context.params.pipeline.methods
-    with Progress(context.item.name, len(methods)) as progress:
-        made = parallel.each(audits.make, methods, progress.advance, tracking.warm_up)
-    for method, folder in zip(methods, made, strict=True):
-        for name in auditing.FILES:
-            artifacts.copy(folder / name, context.results / method / name)
     context.track()

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scforget import seeding
+from scforget import optimisers, seeding
 from scforget.arrays import IntArray
 from scforget.errors import NonFiniteError
 from scforget.models.mixture import Model
@@ -335,7 +335,7 @@ def rates(settings: TrainingSettings, cells: int, epoch: int) -> list[float]:
 
 def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
     """The optimiser of every recipe."""
-    return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    return optimisers.Adam(model.parameters(), learning_rate)
 
 
 def fit(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scforget.attacks import ATTACKS
 from scforget.attacks.threshold import ThresholdSettings, threshold
 from scforget.tasks import Signals
 
@@ -32,15 +31,3 @@ def test_threshold_ranks_a_better_explained_cell_higher(signals: Signals) -> Non
     settings = ThresholdSettings()
     low, high = threshold(signals, signals, settings), threshold(better, better, settings)
     assert all((high[name] > low[name]).all() for name in low)
-
-
-def test_attacks_registry_gives_the_scores_it_names(signals: Signals) -> None:
-    settings = {"threshold": {}, "knn": {"neighbours": 2}}
-    assert set(settings) == set(ATTACKS)
-    names: list[str] = []
-    for key, attack in ATTACKS.items():
-        scores = attack.run(signals, signals, attack.settings.model_validate(settings[key]))
-        assert tuple(scores) == attack.scores
-        assert all(values.shape == (6,) and np.isfinite(values).all() for values in scores.values())
-        names += attack.scores
-    assert len(set(names)) == len(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,33 @@ from sklearn.metrics import roc_auc_score
 
 from scforget import artifacts
 from scforget.arrays import BoolArray, FloatArray
+from scforget.attacks.references import References
 from scforget.audit import AuditSettings, equivalence, roc
-from scforget.audit.assess import Groups, Population, attacks, describe_target, judge, utility_table
+from scforget.audit.assess import attacks, describe_target, judge, utility_table, with_references
+from scforget.audit.scene import Groups, Population, Scene
+from scforget.errors import DataError, EmptyGroupError
 
-F, SAME, OTHER = 40, 120, 60
-N = F + SAME + OTHER
+F, SAME, OTHER, APART = 40, 120, 60, 20
+SCORED = F + SAME + OTHER  # forget cells and controls; those set aside come after them
+N = SCORED + APART
 METRICS = {"elbo": -100.0, "kl": 12.0, "marker_r": 0.4}
 SETTINGS = AuditSettings.model_validate(
     {
         "margins": {"membership": 0.02, "trace": 1.0, "elbo": 2.0, "marker_r": 0.02},
         "level": 0.9, "interval_level": 0.95, "bootstrap_draws": 50, "null_draws": 500, "trace_shrinkage": 0.5,
-        "min_controls": 10, "matched_neighbours": 10, "fpr_targets": [0.01, 0.05],
-        "attacks": {"threshold": {}, "knn": {"neighbours": 10}},
+        "min_controls": 10, "matched_neighbours": 10, "fpr_targets": [0.01, 0.05], "permutation_draws": 100,
+        "delta": 1e-5,
+        "attacks": {
+            "threshold": {}, "knn": {"neighbours": 10}, "likelihood_ratio": {}, "rmia": {"gamma": 1.0},
+            "lira": {"variance": "global", "min_models": 4},
+            "mlp": {
+                "hidden": [8], "dropout": 0.0, "learning_rate": 1e-3, "batch_size": 128, "epochs": 1, "folds": 2,
+                "attackers": 2, "shuffled_draws": 2,
+            },
+            "population": {
+                "scorer": "exact", "ceiling_draws": 2, "klom_bins": 20, "klom_floor": 1e-5, "min_models": 8,
+            },
+        },
     }
 )  # fmt: skip
 
@@ -34,8 +50,11 @@ def mask(start: int, stop: int) -> BoolArray:
 
 
 GROUPS = Groups(
-    mask(0, F), {"same_group": mask(F, F + SAME), "matched_knn": mask(F + 90, N), "all_unseen": mask(F, N)}
+    mask(0, F), {"same_group": mask(F, F + SAME), "matched_knn": mask(F + 90, SCORED), "all_unseen": mask(F, SCORED)}
 )  # fmt: skip
+ASIDE = mask(SCORED, N)
+LABELS, DONORS = np.where(np.arange(N) % 2, "T", "B"), np.full(N, "")
+NAMES = np.array([f"cell_{cell}" for cell in range(N)])
 
 
 def population(seed: int, models: int = 8, shift: float = 0.0, **utility: float) -> Population:
@@ -51,24 +70,28 @@ def population(seed: int, models: int = 8, shift: float = 0.0, **utility: float)
         for _ in range(models)
     ]
     scores = {"elbo": elbo, "kl": -rng.uniform(size=(models, N))}
-    return Population(list(range(models)), scores, rows, rng.normal(size=(N, 3)))
+    return Population(list(range(models)), scores, rows, rng.normal(size=(N, 3)), rng.normal(size=(models, 2, N)))
 
 
 ORIGINALS, TARGET = population(1, shift=3.0), population(2, models=12)
 
 
+def scene(originals: Population = ORIGINALS, target: Population = TARGET, groups: Groups = GROUPS) -> Scene:
+    """Every other shadow model was trained on a cell, of those that were not set aside."""
+    members = (np.arange(8)[:, None] % 2 == np.arange(N) % 2) & ~ASIDE
+    shadows = population(7).scores["elbo"] + members
+    references = References(target.scores["elbo"], shadows, members, ASIDE)
+    return Scene(originals, target, groups, references, LABELS, NAMES, DONORS)
+
+
+@lru_cache(maxsize=1)
+def target_attacks() -> dict[str, Any]:
+    return attacks(TARGET, TARGET, GROUPS, SETTINGS, 0)
+
+
 def judged(own: Population, originals: Population = ORIGINALS, target: Population = TARGET) -> dict[str, Any]:
-    table = attacks(target, target, GROUPS, SETTINGS, 0)
-    return judge(
-        "method",
-        own,
-        originals=originals,
-        target=target,
-        target_attacks=table,
-        groups=GROUPS,
-        settings=SETTINGS,
-        seed=0,
-    )
+    """Judge by the attacks on ``TARGET``, whose scores every target here has."""
+    return judge("method", own, scene(originals, target), target_attacks=target_attacks(), settings=SETTINGS, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +214,7 @@ def test_judge_reports_the_published_criterion(shift: float, inside: bool) -> No
         ({"kl": 0.5}, "kept"),
     ],
 )
-def test_judge_finds_the_planted_utility(change: dict[str, float], verdict: str) -> None:
+def test_judge_finds_the_planted_utility(change: dict[str, Any], verdict: str) -> None:
     record = judged(population(3, **change))
     assert record["utility"]["verdict"] == verdict
     assert record["verdict"] == "FORGOTTEN"
@@ -258,7 +281,7 @@ def test_judge_claims_no_collapse_where_the_kl_of_a_retrain_is_missing() -> None
 
 
 def test_describe_target_compares_retrains_with_retrains() -> None:
-    record = describe_target(TARGET, 8, GROUPS, SETTINGS, 0)
+    record = describe_target(scene(), SETTINGS, 0)
     assert record["verdict"] == "TARGET"
     assert record["primary"] is None
     assert record["utility"]["verdict"] is None
@@ -277,8 +300,11 @@ def test_describe_target_compares_retrains_with_retrains() -> None:
 
 def test_records_have_the_same_keys_and_are_plain_json(tmp_path: Path) -> None:
     gap = without(population(3), "marker_r", "absent", slice(1, None))
-    records = {"method": judged(gap), "retrain": describe_target(TARGET, 8, GROUPS, SETTINGS, 0)}
-    assert set(records["method"]) - {"published_criterion", "excess_abs_z", "design_power"} <= set(records["retrain"])
+    records = {"method": judged(gap), "retrain": describe_target(scene(), SETTINGS, 0)}
+    against_target = {"excess_abs_z", "population", "exposure"}
+    assert set(records["method"]) - set(records["retrain"]) == against_target
+    of_retrains = {"noise_floor", "design_power", "spread"}
+    assert set(records["retrain"]) - set(records["method"]) == of_retrains
     json.dumps(records)
     artifacts.write_json(tmp_path / "result.json", records)
     again = artifacts.read_json(tmp_path / "result.json")
@@ -289,3 +315,85 @@ def test_records_have_the_same_keys_and_are_plain_json(tmp_path: Path) -> None:
 
 def test_judge_depends_on_its_seed_alone() -> None:
     assert json.dumps(judged(population(3))) == json.dumps(judged(population(3)))
+
+
+def test_with_references_adds_the_scores_of_every_reference_attack_and_nothing_else() -> None:
+    own = population(3)
+    found = with_references(own, scene().references, SETTINGS, own=False)
+    added = {"likelihood_ratio", "lira_online", "lira_offline", "rmia_online", "rmia_offline"}
+    assert set(found.scores) == {"elbo", "kl"} | added
+    assert set(own.scores) == {"elbo", "kl"}
+    assert all(scores.shape == (8, N) for scores in found.scores.values())
+    assert (found.seeds, found.utility) == (own.seeds, own.utility)
+    wanted = own.scores["elbo"] - TARGET.scores["elbo"].mean(axis=0)
+    np.testing.assert_allclose(found.scores["likelihood_ratio"], wanted, atol=1e-9)
+
+
+def test_with_references_leaves_each_retrain_out_of_its_own_comparison() -> None:
+    elbo = TARGET.scores["elbo"]
+    found = with_references(TARGET, scene().references, SETTINGS, own=True).scores["likelihood_ratio"]
+    for model, row in enumerate(found):
+        np.testing.assert_allclose(row, elbo[model] - np.delete(elbo, model, axis=0).mean(axis=0), atol=1e-9)
+    with pytest.raises(DataError, match="audited models that are the retrained ones"):
+        with_references(ORIGINALS, scene().references, SETTINGS, own=True)
+
+
+def changed(own: Population, name: str, cells: BoolArray, value: float) -> Population:
+    """Return the population with one value in place of a score at some cells."""
+    return replace(own, scores={**own.scores, name: np.where(cells, value, own.scores[name])})
+
+
+@pytest.mark.parametrize("name", ["elbo", "kl"])
+@pytest.mark.parametrize("cells", [mask(0, 1), mask(F, F + 1), mask(0, N)])
+def test_judge_refuses_scores_that_are_nan(name: str, cells: BoolArray) -> None:
+    with pytest.raises(DataError, match="that are NaN; wanted a score for every cell"):
+        judged(changed(population(3), name, cells, np.nan))
+
+
+def test_judge_takes_a_constant_score_for_what_it_is_and_refuses_constant_scores_alone() -> None:
+    everywhere = mask(0, N)
+    record = judged(changed(population(3), "kl", everywhere, 1.0))
+    assert record["attacks"]["kl"]["same_group"]["auc"] == 0.5
+    assert record["worst_attack"]["constant"] == ["kl"]
+    none = changed(changed(population(3), "kl", everywhere, 1.0), "elbo", everywhere, -100.0)
+    with pytest.raises(DataError, match="scores of all attacks: found the same for all cells"):
+        judged(none)
+
+
+def first(own: Population, models: int) -> Population:
+    """Return a population of the first models only."""
+    scores = {name: values[:models] for name, values in own.scores.items()}
+    return replace(
+        own, seeds=own.seeds[:models], scores=scores, utility=own.utility[:models], attackers=own.attackers[:models]
+    )
+
+
+def test_judge_and_describe_target_refuse_a_single_retrain() -> None:
+    single = first(TARGET, 1)
+    with pytest.raises(EmptyGroupError, match="retrained models"):
+        judged(population(3), target=single)
+    with pytest.raises(EmptyGroupError, match="at least 2"):
+        describe_target(scene(target=single), SETTINGS, 0)
+
+
+def test_judge_by_two_retrains_finds_no_spread_and_so_no_model_forgotten(tmp_path: Path) -> None:
+    pair = first(TARGET, 2)
+    record, target = judged(population(3), target=pair), describe_target(scene(target=pair), SETTINGS, 0)
+    assert record["verdict"] == "UNDETERMINED"
+    assert "at least 2 unlearned and 3 retrained models" in record["explanation"].lower()
+    assert "trace" not in target["spread"] | target["design_power"]
+    artifacts.write_json(tmp_path / "result.json", {"original": record, "retrain": target})
+
+
+@pytest.mark.parametrize("empty", ["forget", "same_group", "matched_knn", "all_unseen"])
+def test_judge_refuses_an_empty_group(empty: str) -> None:
+    controls = {name: cells & (name != empty) for name, cells in GROUPS.controls.items()}
+    groups = Groups(GROUPS.forget & (empty != "forget"), controls)
+    with pytest.raises(EmptyGroupError):
+        judge("m", population(3), scene(groups=groups), target_attacks=target_attacks(), settings=SETTINGS, seed=0)
+
+
+def test_judge_refuses_a_forget_cell_among_its_controls() -> None:
+    groups = Groups(GROUPS.forget, {**GROUPS.controls, "same_group": mask(F - 1, F + SAME)})
+    with pytest.raises(DataError, match="forget and control cells: found 1 cells in both"):
+        judge("m", population(3), scene(groups=groups), target_attacks=target_attacks(), settings=SETTINGS, seed=0)

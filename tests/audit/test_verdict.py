@@ -108,7 +108,7 @@ def test_explain_admits_when_no_number_of_models_would_decide() -> None:
     text = say(with_side("undecided", models_needed=None), with_side("inside"))
     assert "No practical number of models" in text
     single = say(with_side("undecided", models_needed=None, n_unlearned=1), with_side("inside"))
-    assert "At least 2 independently trained models" in single
+    assert "At least 2 unlearned and 3 retrained models" in single
 
 
 @pytest.mark.parametrize(("side", "nothing"), [("inside", True), ("undecided", True), ("beyond", False)])
@@ -207,13 +207,30 @@ def valid() -> dict[str, Any]:
         "min_controls": 10,
         "matched_neighbours": 10,
         "fpr_targets": [0.01],
-        "attacks": {"threshold": {}, "knn": {"neighbours": 10}},
-    }
+        "permutation_draws": 100,
+        "delta": 1e-5,
+        "attacks": {
+            "threshold": {},
+            "knn": {"neighbours": 10},
+            "mlp": {
+                "hidden": [8], "dropout": 0.0, "learning_rate": 1e-3, "batch_size": 128, "epochs": 1, "folds": 2,
+                "attackers": 2, "shuffled_draws": 2,
+            },
+            "likelihood_ratio": {},
+            "lira": {"variance": "global", "min_models": 4},
+            "rmia": {"gamma": 1.0},
+            "population": {
+                "scorer": "exact", "ceiling_draws": 2, "klom_bins": 20, "klom_floor": 1e-5, "min_models": 8,
+            },
+        },
+    }  # fmt: skip
 
 
 def test_audit_settings_have_a_section_for_every_attack() -> None:
     settings = AuditSettings.model_validate(valid())
     assert set(type(settings.attacks).model_fields) == set(ATTACKS)
+    for name, attack in ATTACKS.items():
+        assert type(settings.of(name)) is attack.settings
 
 
 def test_audit_settings_have_no_defaults() -> None:
@@ -224,7 +241,16 @@ def test_audit_settings_have_no_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("level", 1.0), ("trace_shrinkage", -0.1), ("bootstrap_draws", 1), ("fpr_targets", [0.0]), ("unknown", 1)],
+    [
+        ("level", 1.0),
+        ("trace_shrinkage", -0.1),
+        ("bootstrap_draws", 1),
+        ("fpr_targets", [0.0]),
+        ("unknown", 1),
+        ("permutation_draws", 0),
+        ("delta", 0.0),
+        ("delta", 1.0),
+    ],
 )
 def test_audit_settings_refuse_what_is_out_of_range(key: str, value: object) -> None:
     with pytest.raises(ValidationError, match=key):

@@ -16,6 +16,7 @@ from scforget.data.splits import (
     Fractions,
     Scenario,
     ScenarioSettings,
+    deal_halves,
     draw_scenario,
     gene_cells,
     split_cells,
@@ -259,3 +260,35 @@ def test_gene_cells_are_those_that_the_source_names(obs: pd.DataFrame, sets: Cel
     assert gene_cells("unseen", sets, scenarios) is sets.unseen
     kept = set(sets.train.tolist()).difference(*(scenario.sets.forget.tolist() for scenario in scenarios))
     assert set(gene_cells("retain", sets, scenarios).tolist()) == kept
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 300), st.integers(1, 10), st.integers(0, 2**32 - 1))
+def test_deal_halves_puts_each_cell_into_exactly_half_of_the_models(n_cells: int, pairs: int, seed: int) -> None:
+    members = deal_halves(n_cells, 2 * pairs, np.random.default_rng(seed))
+    assert members.shape == (2 * pairs, n_cells)
+    assert members.dtype == bool
+    assert (members.sum(axis=0) == pairs).all()
+    assert set(members.sum(axis=1)) <= {n_cells // 2, n_cells - n_cells // 2}
+
+
+def test_deal_halves_draws_each_pair_anew_and_from_its_generator_alone() -> None:
+    first, again, other = (deal_halves(100, 6, np.random.default_rng(seed)) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    np.testing.assert_array_equal(first[1::2], ~first[::2])
+    assert len({row.tobytes() for row in first}) == 6
+
+
+def test_deal_halves_gives_every_cell_the_same_chance() -> None:
+    """Mean over 500 pairs of the first model's mask: 0.5, standard deviation 0.022 a cell."""
+    members = deal_halves(21, 1000, np.random.default_rng(1))
+    np.testing.assert_allclose(members[::2].mean(axis=0), 10 / 21, atol=0.1)
+    together = members[::2].astype(float).T @ members[::2] / 500
+    np.testing.assert_allclose(together[np.triu_indices(21, 1)], 10 / 21 * 9 / 20, atol=0.1)
+
+
+@pytest.mark.parametrize(("n_cells", "models"), [(10, 0), (10, -2), (10, 1), (10, 7), (1, 2), (0, 2)])
+def test_deal_halves_refuses_what_cannot_be_dealt_in_halves(n_cells: int, models: int) -> None:
+    with pytest.raises(DataError, match=f"shadow models: found {models} on {n_cells} cells; wanted an even number"):
+        deal_halves(n_cells, models, np.random.default_rng(0))

@@ -1,7 +1,14 @@
-"""Membership inference attacks: one file each, with its settings and one function; this registry names them all.
+"""Membership inference attacks: one file each, with its settings and its functions; this registry names them all.
 
-An attack gets what one model says of the cells to score and of reference (retained) cells, and its settings; it
-returns one or more scores a cell. Every score is higher = more member-like, and its name is unique among all attacks.
+Every score is higher = more member-like, and its name is unique among all attacks. Three kinds are called alike:
+
+model attacks
+    look at one model: ``NAME(signals, reference, settings)``, what it says of the scored and of the retained cells.
+reference attacks
+    compare the scores of many models: ``NAME(scores, references, settings, own=)``, see ``references.References``.
+the others
+    ``mlp`` learns from the labels; ``population`` and ``kaggle`` compare whole populations of models, by one section of
+    settings; ``gene_list`` needs neither model nor settings.
 """
 
 from __future__ import annotations
@@ -10,24 +17,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from scforget.arrays import FloatArray
-from scforget.attacks import knn, threshold
+from scforget.attacks import knn, likelihood_ratio, lira, mlp, population, rmia, threshold
 from scforget.settings import Settings
-from scforget.tasks import Signals
 
-__all__ = ["ATTACKS", "Attack"]
+__all__ = ["ATTACKS", "LEARNED", "MODEL_ATTACKS", "REFERENCE_ATTACKS", "Attack"]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack's settings class, its function ``(signals, reference, settings)``, and the names of its scores."""
+    """An attack's settings class and its function."""
 
     settings: type[Settings]
-    run: Callable[[Signals, Signals, Any], dict[str, FloatArray]]
-    scores: tuple[str, ...]
+    run: Callable[..., Any]
 
 
-ATTACKS: dict[str, Attack] = {
-    "threshold": Attack(threshold.ThresholdSettings, threshold.threshold, threshold.SCORES),
-    "knn": Attack(knn.KnnSettings, knn.knn, knn.SCORES),
+MODEL_ATTACKS: dict[str, Attack] = {
+    "threshold": Attack(threshold.ThresholdSettings, threshold.threshold),
+    "knn": Attack(knn.KnnSettings, knn.knn),
 }
+REFERENCE_ATTACKS: dict[str, Attack] = {
+    "likelihood_ratio": Attack(likelihood_ratio.LikelihoodRatioSettings, likelihood_ratio.likelihood_ratio),
+    "lira": Attack(lira.LiraSettings, lira.lira),
+    "rmia": Attack(rmia.RmiaSettings, rmia.rmia),
+}
+ATTACKS: dict[str, Attack] = {
+    **MODEL_ATTACKS,
+    "mlp": Attack(mlp.MlpSettings, mlp.mlp),
+    **REFERENCE_ATTACKS,
+    "population": Attack(population.PopulationSettings, population.u_lira),
+}
+#: Scores of attackers that were trained on the labels of the cells they score.
+LEARNED = ("mlp", "published_mlp")

@@ -77,6 +77,10 @@ class AuditSettings(Settings):
         k of the ``matched_knn`` controls (P0: 10).
     fpr_targets
         At which the TPR is read off.
+    permutation_draws
+        Permutations of the cells' labels behind the worst attack's p-value.
+    delta
+        δ of every (ε, δ).
     attacks
         One section for each attack of the registry.
     """
@@ -90,4 +94,10 @@ class AuditSettings(Settings):
     min_controls: Annotated[int, Field(ge=2)]
     matched_neighbours: Count
     fpr_targets: list[Share]
+    permutation_draws: Count
+    delta: Share
     attacks: AttackSettings
+
+    def of(self, attack: str) -> Any:
+        """Settings of one attack."""
+        return getattr(self.attacks, attack)

@@ -2,57 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from scforget.arrays import BoolArray, FloatArray
-from scforget.audit import AuditSettings, equivalence, intervals, roc, verdict
+from scforget.arrays import FloatArray
+from scforget.attacks import REFERENCE_ATTACKS
+from scforget.attacks.references import References
+from scforget.audit import AuditSettings, equivalence, evidence, intervals, roc, verdict
 from scforget.audit.equivalence import Equivalence
+from scforget.audit.scene import RETRAINS_FOR_SPREAD, Groups, Population, Scene
 
 Record = dict[str, Any]
-UtilityRow = Mapping[str, Mapping[str, float]]  # place -> metric -> value, of one model
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Which of the n scored cells are ``forget [n]``, and which serve as each kind of control, ``[n]`` each."""
-
-    forget: BoolArray
-    controls: Mapping[str, BoolArray]
-
-    def sizes(self) -> dict[str, int]:
-        """Number of cells of each group."""
-        return {"forget": int(self.forget.sum()), **{name: int(mask.sum()) for name, mask in self.controls.items()}}
+def _excess_abs_z(
+    population: Population, target: Population, groups: Groups, settings: AuditSettings
+) -> list[float] | None:  # fmt: skip
+    own, base = (models.scores["elbo"][:, groups.forget] for models in (population, target))
+    if len(base) < RETRAINS_FOR_SPREAD:
+        return None
+    return list(equivalence.excess_abs_z(own, base, shrinkage=settings.trace_shrinkage).tolist())
 
 
-@dataclass(frozen=True)
-class Population:
-    """What is known of M models.
-
-    Attributes
-    ----------
-    seeds
-        Where they came from, M of them.
-    scores : ``[M, n]`` by name
-        Higher = more member-like.
-    utility
-        A row for each model.
-    latent : ``[n, Z]``
-        Latent means under the first model.
-    """
-
-    seeds: Sequence[int]
-    scores: Mapping[str, FloatArray]
-    utility: Sequence[UtilityRow]
-    latent: FloatArray
+def with_references(
+    population: Population, references: References, settings: AuditSettings, *, own: bool
+) -> Population:  # fmt: skip
+    """Add the scores of every reference attack; ``own`` says that these models are the retrained ones themselves."""
+    scores = dict(population.scores)
+    for name, attack in REFERENCE_ATTACKS.items():
+        scores |= attack.run(population.scores["elbo"], references, settings.of(name), own=own)
+    return replace(population, scores=scores)
 
 
 def _aucs(scores: FloatArray, groups: Groups, control: str) -> FloatArray:
     """``[M]``: AUC of the forget cells against one kind of control under each model."""
     return np.array([roc.auc(row[groups.forget], row[groups.controls[control]]) for row in scores])
+
+
+def _delong(scores: FloatArray, groups: Groups, control: str, level: float) -> list[list[float]] | None:
+    """Interval of each model's AUC; None where a group is too small to have one."""
+    if min(groups.forget.sum(), groups.controls[control].sum()) < 2:
+        return None
+    found = [intervals.delong(row[groups.forget], row[groups.controls[control]], level)[2] for row in scores]
+    return [list(interval) for interval in found]
 
 
 def attacks(population: Population, target: Population, groups: Groups, settings: AuditSettings, seed: int) -> Record:
@@ -76,6 +71,7 @@ def attacks(population: Population, target: Population, groups: Groups, settings
                 "interval": list(interval),
                 "null": nulls[control],
                 "per_seed": _aucs(scores, groups, control).tolist(),
+                "per_seed_intervals": _delong(scores, groups, control, settings.interval_level),
                 "distance_to_retrain": mean - float(_aucs(target.scores[name], groups, control).mean()),
             }
     return table
@@ -87,7 +83,9 @@ def _statistics(
     """Both primary statistics, of each audited model and of each retrain."""
     own, base = population.scores["elbo"], target.scores["elbo"]
     shrinkage = settings.trace_shrinkage
-    null = equivalence.trace_leave_one_out(base[:, groups.forget], shrinkage)
+    null = np.zeros(1)  # two retrains: neither has others to be measured against, so their spread is not known
+    if len(base) >= RETRAINS_FOR_SPREAD:
+        null = equivalence.trace_leave_one_out(base[:, groups.forget], shrinkage)
     traced = null
     if population is not target:
         traced = equivalence.trace(own[:, groups.forget], base[:, groups.forget], shrinkage=shrinkage)
@@ -174,8 +172,7 @@ def _published_criterion(table: Record, target_table: Record) -> bool:
 
 
 def judge(
-    method: str, population: Population, *, originals: Population, target: Population, target_attacks: Record,
-    groups: Groups, settings: AuditSettings, seed: int,
+    method: str, population: Population, scene: Scene, *, target_attacks: Record, settings: AuditSettings, seed: int
 ) -> Record:  # fmt: skip
     """Judge a population of unlearned models (or the originals themselves) against the retrained one.
 
@@ -183,20 +180,20 @@ def judge(
     ----------
     method
         Name of the population, for the record.
-    originals
-        Where the method started: they say on which side "not forgotten" lies, and whether there was anything to forget.
-    target
-        The retrained models.
+    population
+        Scored as the scene's own are, the reference attacks included.
+    scene
+        What it is judged against.
     target_attacks
-        Their :func:`attacks`, as :func:`describe_target` has them.
-    groups
-        Which of the scored cells are members and controls.
+        :func:`attacks` of the retrained models, as :func:`describe_target` has them.
 
     Returns
     -------
     dict
-        The audit record: ``attacks``, ``primary`` (membership, trace), ``verdict`` and its explanation, ``utility``.
+        The audit record: ``attacks``, ``primary`` (membership, trace), ``verdict`` and its explanation, ``utility``,
+        and the evidence of :mod:`scforget.audit.evidence`.
     """
+    originals, target, groups = scene.originals, scene.target, scene.groups
     start = _statistics(originals, target, groups, settings)
     sides = {name: 1 if own.mean() >= base.mean() else -1 for name, (own, base) in start.items()}
     of_original = _equivalences(start, sides, settings)
@@ -219,10 +216,7 @@ def judge(
         "fixed_fpr": _fixed_fpr(population, groups, settings),
         "primary": {name: found.to_dict() for name, found in primary.items()},
         "trace_per_seed": statistics["trace"][0].tolist(),
-        "excess_abs_z": equivalence.excess_abs_z(
-            population.scores["elbo"][:, groups.forget], target.scores["elbo"][:, groups.forget],
-            shrinkage=settings.trace_shrinkage,
-        ).tolist(),
+        "excess_abs_z": _excess_abs_z(population, target, groups, settings),
         "verdict": str(decision),
         "explanation": verdict.explain(
             membership, trace, of_original["membership"],
@@ -233,6 +227,7 @@ def judge(
         "utility": utility,
         "utility_rows": list(population.utility),
         "failure_modes": modes,
+        **evidence.of_population(population, scene, settings, seed),
     }  # fmt: skip
 
 
@@ -252,14 +247,16 @@ def _failure_modes(
     )
 
 
-def describe_target(target: Population, n_originals: int, groups: Groups, settings: AuditSettings, seed: int) -> Record:
+def describe_target(scene: Scene, settings: AuditSettings, seed: int) -> Record:
     """Record of the retrained models themselves: the same numbers, retrain against retrain, and no verdict.
 
     ``design_power`` is the chance that a method as good as retraining is called so, by these numbers of retrains and
     of originals to unlearn from.
     """
+    target, groups = scene.target, scene.groups
     statistics = _statistics(target, target, groups, settings)
     null = _equivalences(statistics, {"membership": 1, "trace": 1}, settings)
+    spreading = {name: own for name, (own, _) in statistics.items() if own.size > 1}
     return {
         "method": "retrain",
         "models": len(target.seeds),
@@ -271,12 +268,12 @@ def describe_target(target: Population, n_originals: int, groups: Groups, settin
         "noise_floor": {name: found.noise_floor for name, found in null.items()},
         "design_power": {
             name: equivalence.design_power(
-                own, n_originals, margin=getattr(settings.margins, name), level=settings.level
+                own, len(scene.originals.seeds), margin=getattr(settings.margins, name), level=settings.level
             )
-            for name, (own, _) in statistics.items()
+            for name, own in spreading.items()
         },
-        "spread": {name: float(own.std(ddof=1)) for name, (own, _) in statistics.items()},
-        "trace_per_seed": statistics["trace"][0].tolist(),
+        "spread": {name: float(own.std(ddof=1)) for name, own in spreading.items()},
+        "trace_per_seed": spreading["trace"].tolist() if "trace" in spreading else [None] * len(target.seeds),
         "verdict": "TARGET",
         "explanation": "What every method is compared with: models trained by the same recipe without these cells.",
         "nothing_to_forget": False,
@@ -284,4 +281,5 @@ def describe_target(target: Population, n_originals: int, groups: Groups, settin
         "utility": _utility(target, target, settings),
         "utility_rows": list(target.utility),
         "failure_modes": [],
+        **evidence.of_target(scene, settings, seed),
     }  # fmt: skip

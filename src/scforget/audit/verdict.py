@@ -80,7 +80,7 @@ def _undecided(undecided: list[tuple[str, Equivalence]], n_members: int, n_contr
     names = " and ".join(name for name, _ in undecided)
     first = f"Undetermined: the evidence does not decide on {names}."
     if min(min(e.n_unlearned, e.n_retrained) for _, e in undecided) < 2:
-        return f"{first} At least 2 independently trained models of each kind are needed."
+        return f"{first} At least 2 unlearned and 3 retrained models, trained independently, are needed."
     times = [e.models_needed for _, e in undecided]
     if None in times:
         return f"{first} No practical number of models would: the difference lies too near to the margin."

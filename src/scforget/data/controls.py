@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.neighbors import NearestNeighbors
 
 from scforget.arrays import BoolArray, FloatArray
 from scforget.errors import EmptyGroupError
@@ -29,6 +28,8 @@ def matched_knn(forget_mu: FloatArray, unseen_mu: FloatArray, neighbours: int) -
     The single-cell paper's controls. For a rare cluster most of them are of other types, so a score against them
     measures biology as well as membership; here they use z = μ, not a sampled z, and are labelled as what they are.
     """
+    from sklearn.neighbors import NearestNeighbors
+
     if len(unseen_mu) < neighbours:
         raise EmptyGroupError("matched_knn controls", f"{len(unseen_mu)} unseen cells", f"at least {neighbours}")
     index = NearestNeighbors(n_neighbors=neighbours).fit(unseen_mu).kneighbors(forget_mu, return_distance=False)

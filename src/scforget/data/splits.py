@@ -1,4 +1,4 @@
-"""Which cell plays which part: the four cell sets, and the cells that a scenario forgets."""
+"""Which cell plays which part: the four cell sets, the cells that a scenario forgets, the halves of shadow models."""
 
 from __future__ import annotations
 
@@ -264,3 +264,30 @@ def gene_cells(source: str, sets: CellSets, scenarios: Iterable[Scenario]) -> In
         forgotten = [scenario.sets.forget for scenario in scenarios]
         return np.setdiff1d(sets.train, np.concatenate(forgotten))
     return sets.train if source == "train" else sets.unseen
+
+
+def deal_halves(cells: int, models: int, generator: np.random.Generator) -> BoolArray:
+    """Deal cells to shadow models so that each is a member of exactly half of them.
+
+    Parameters
+    ----------
+    cells
+        How many there are, at least 2.
+    models
+        How many, an even number.
+    generator
+        Of the draw.
+
+    Returns
+    -------
+    ``[models, cells]``
+        True where a model is trained on a cell: models come in pairs that share the cells out between them, so all
+        are trained on equally many, give or take one.
+    """
+    if models < 2 or models % 2 or cells < 2:
+        raise DataError("shadow models", f"{models} on {cells} cells", "an even number of models and at least 2 cells")
+    members = np.zeros((models, cells), dtype=bool)
+    for first in range(0, models, 2):
+        members[first, generator.permutation(cells)[: cells // 2]] = True
+        members[first + 1] = ~members[first]
+    return members

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from scforget import optimisers
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE, block_of, gaussian_kl
 from scforget.settings import Settings
@@ -61,7 +62,7 @@ def contrast(
         The original, frozen, in eval mode.
     """
     own = [p for name, p in model.named_parameters() if block_of(name) in {"encoder", "bottleneck"}]
-    optimiser, effort = torch.optim.Adam(own, lr=learning_rate, fused=True), loop.effort
+    optimiser, effort = optimisers.Adam(own, learning_rate), loop.effort
 
     def epoch(_number: int, noise: torch.Generator) -> Epoch:
         model.train()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from scforget import private, published, seeding
+from scforget import optimisers, private, published, seeding
 from scforget.arrays import IntArray
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE
@@ -85,7 +85,7 @@ def dp_sgd_published(
     mechanism = mechanism_as_published(settings, len(train))
     loop = Loop(model, seed=seed, checkpoint=checkpoint)
     parameters = {n: p for n, p in model.named_parameters() if not n.startswith("dispersion.")}
-    optimiser = torch.optim.Adam(parameters.values(), lr=settings.learning_rate, fused=True)
+    optimiser = optimisers.Adam(parameters.values(), settings.learning_rate)
 
     def epoch(number: int, noise: torch.Generator) -> Epoch:
         gaussian = seeding.torch_generator(seed, "privacy", number)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from scforget import critics as critic
-from scforget import published
+from scforget import optimisers, published
 from scforget.critics import Critics, PublishedCriticSettings, Widths, draw, features_of, plain_bce, published_critics
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE
@@ -131,7 +131,7 @@ def extragradient_published(
     if not loop.history:  # what was saved counts it already
         loop.effort.restore(before.to_dict())
     optimiser, effort = adam(model, settings.learning_rate), loop.effort
-    descent = torch.optim.SGD(critics.parameters(), lr=settings.critic_learning_rate)
+    descent = optimisers.SGD(critics.parameters(), settings.critic_learning_rate)
 
     def epoch(_number: int, noise: torch.Generator) -> Epoch:
         model.train()

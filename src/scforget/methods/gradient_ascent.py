@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from scforget import optimisers
 from scforget.arrays import IntArray
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE
@@ -53,7 +54,7 @@ def ascend(
     NonFiniteError
         If the loss becomes NaN or infinite.
     """
-    optimiser, effort = torch.optim.SGD(model.parameters(), lr=learning_rate), loop.effort
+    optimiser, effort = optimisers.SGD(model.parameters(), learning_rate), loop.effort
 
     def epoch(_number: int, noise: torch.Generator) -> Epoch:
         model.train()

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from scforget import optimisers
 from scforget.data.splits import ForgetSets
 from scforget.errors import DataError, NonFiniteError
 from scforget.models.vae import VAE
@@ -125,7 +126,7 @@ def noisy_finetune(
     radius = settings.radius * norm_of(parameters)
     scale = math.sqrt(2 * settings.learning_rate) * settings.sigma
     loop = Loop(model, seed=seed, checkpoint=checkpoint)
-    optimiser, effort = torch.optim.SGD(parameters, lr=settings.learning_rate), loop.effort
+    optimiser, effort = optimisers.SGD(parameters, settings.learning_rate), loop.effort
 
     def epoch(_number: int, noise: torch.Generator) -> Epoch:
         model.train()

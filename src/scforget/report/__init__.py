@@ -9,8 +9,12 @@ figures
     ``png_bytes`` turn a figure into the same bytes every time.
 comparisons
     ``distance_to_target``, ``cost_against_trace``, ``attack_grid``, of all methods; ``frontier``, of many recipes.
-page, details
+cells
+    ``cell_scores``: how exposed each forget cell remains.
+page, details, evidence_tables
     ``render``: the self-contained report, verdict first; ``tables``: what it folds away.
+explain
+    ``explain``: an audit in plain words.
 
 The room reads and writes no files: ``stages`` does.
 """

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scforget.attacks import LEARNED
 from scforget.report.figures import BAND, DASHES, INK, SERIES, SOFT, FloatArray, new_figure, styled
 from scforget.report.tables import PRIMARY_GROUP, Audit, Audits, bounds, dig, look, margin, number, ordered, value
 
@@ -158,10 +159,11 @@ def frontier(table: pd.DataFrame, margin_width: float) -> Figure:
 def attack_grid(audits: Audits) -> Figure:
     """Draw each attack's AUC on each method; outlined and bold where the advantage passes its null's 95 % point."""
     methods = ordered(audits)
-    attacks = sorted({name for audit in audits.values() for name in dig(audit, "attacks") or {}})
+    known = {name for audit in audits.values() for name in dig(audit, "attacks") or {}}
+    attacks = sorted(known, key=lambda name: (name in LEARNED, name))
     cells = [[dig(audits[m], "attacks", name, PRIMARY_GROUP) for name in attacks] for m in methods]
     auc = np.array([[value(cell, "auc") for cell in row] for row in cells]).reshape(len(methods), len(attacks))
-    figure = new_figure(2.2 + 0.95 * len(attacks), 1.5 + 0.42 * len(methods), "")
+    figure = new_figure(2.2 + 0.62 * len(attacks), 1.5 + 0.42 * len(methods), "")
     axes = figure.subplots()
     axes.pcolormesh(np.ma.masked_invalid(auc), cmap="PuOr_r", vmin=-0.1, vmax=1.1, edgecolors="white", linewidth=2)
     for (i, j), found in np.ndenumerate(auc):
@@ -170,7 +172,7 @@ def attack_grid(audits: Audits) -> Figure:
         box = {"boxstyle": "square,pad=0.6", "fill": False, "edgecolor": colour if leak else "none"}
         style: dict[str, Any] = {"color": colour, "weight": "bold" if leak else "normal", "bbox": box}
         axes.text(j + 0.5, i + 0.5, number(found, 2), ha="center", va="center", **style)
-    axes.set_xticks(np.arange(len(attacks)) + 0.5, attacks, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xticks(np.arange(len(attacks)) + 0.5, attacks, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(np.arange(len(methods)) + 0.5, methods)
     axes.tick_params(length=0)
     axes.invert_yaxis()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from scforget.report import evidence_tables
 from scforget.report.tables import DASH, Audits, bounds, dig, duration, number, ordered, span, value
 
 
@@ -100,8 +101,11 @@ def costs(audits: Audits) -> dict[str, Any]:
 
 
 def tables(audits: Audits) -> list[dict[str, Any]]:
-    """Every fold-out table of a scenario: its ``title``, ``head`` and ``rows`` of text."""
-    return [primary(audits), attacks(audits), utility(audits), costs(audits)]
+    """Every fold-out table of a scenario: its ``title``, ``head``, ``rows`` of text, and a ``note`` where it needs one.
+
+    Those of :mod:`scforget.report.evidence_tables` are there where the audits know of them.
+    """
+    return [primary(audits), attacks(audits), *evidence_tables.tables(audits), utility(audits), costs(audits)]
 
 
 def words(found: object) -> str:

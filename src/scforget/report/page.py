@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from scforget.report import details
+from scforget.report import details, evidence_tables
 from scforget.report.details import words
 from scforget.report.tables import (
     DASH,
@@ -77,6 +77,13 @@ FIGURES = {
     "score_histograms": (
         "Scores of the forget cells",
         "If the cells are forgotten, the first row looks like the third. Ticks are cells, the dark line is the median.",
+        False,
+    ),
+    "cell_scores": (
+        "Which cells remain exposed",
+        "Each point is a forget cell with its interval over models: how many standard deviations better the models "
+        "know it than models that never saw it do. Shaded: where 95 % of cells lie under one retrained model. Above it "
+        "something of the cell is left; far below, its removal shows.",
         False,
     ),
     "umap": ("Where the cells lie", "Latent means in two dimensions; triangles are the forget cells.", False),
@@ -147,7 +154,7 @@ def _scenario(scenario: Mapping[str, Any], overall: Context) -> dict[str, Any]:
         "question": _question(context, audits),
         "headline": headline(audits),
         "nothing": any(dig(audit, "nothing_to_forget") is True for audit in audits.values()),
-        "cards": [_card(method, audits[method]) for method in ordered(audits) if method != "retrain"],
+        "cards": [_card(method, audits) for method in ordered(audits) if method != "retrain"],
         "open": [figure for figure in figures if figure["open"]],
         "closed": [figure for figure in figures if not figure["open"]],
         "rows": [] if table is None else _rows(table),
@@ -191,14 +198,17 @@ def headline(audits: Audits) -> str:
     return f"{', '.join(passing)} {verb}: cells forgotten, utility kept ({len(passing)} of {len(judged)} methods)."
 
 
-def _card(method: str, audit: Audit) -> dict[str, Any]:
+def _card(method: str, audits: Audits) -> dict[str, Any]:
     """Prepare the card of one method: verdict, why, and the numbers behind it."""
+    audit = audits[method]
     seen = look(dig(audit, "verdict"))
     outside = dig(audit, "utility", "outside")
     published = {True: "met", False: "not met"}.get(dig(audit, "published_criterion"), DASH)
     facts = [
         ("Membership", _evidence(audit, "membership", 3)),
         ("Trace", _evidence(audit, "trace", 2)),
+        ("Strongest attack", _strongest(method, audits)),
+        ("Most exposed cells", _exposed(audit)),
         (
             "Utility",
             f"{words(dig(audit, 'utility', 'verdict'))}; marker r {number(value(outside, 'marker_r'))}, "
@@ -228,6 +238,21 @@ def _evidence(audit: Audit, key: str, digits: int) -> str:
     difference = number(value(found, "difference"), digits, sign=True)
     interval = span(bounds(found, "interval"), digits)
     return f"{difference} ({interval}); margin ±{number(value(found, 'margin'), 2)}"
+
+
+def _strongest(method: str, audits: Audits) -> str:
+    """Name the attack that tells the forget cells best, with the price of having looked at all."""
+    found = dig(audits[method], "worst_attack", "worst")
+    if dig(found, "name") is None:
+        return DASH
+    name, auc, p = found["name"], value(found, "auc"), value(found, "p_adjusted")
+    target = number(evidence_tables.target_auc(audits, name))
+    return f"{name}, AUC {number(auc)} (retrain {target}), p adjusted {number(p, 4)}"
+
+
+def _exposed(audit: Audit) -> str:
+    found = evidence_tables.exposed(audit)
+    return DASH if found is None else f"{found[0]} of {found[1]} above what a retrain shows"
 
 
 def _cost(audit: Audit) -> str:

@@ -1,0 +1,95 @@
+"""An audit in plain words, for those who have to sign it."""
+
+from __future__ import annotations
+
+import math
+
+from scforget.report.tables import Audit, Audits, bounds, dig, look, number, ordered, span, value
+
+_WHAT = {
+    "membership": ("Membership", "are these very cells remembered?", 3),
+    "trace": ("Trace", "is anything of them left, the knowledge of their kind included?", 2),
+}
+_UTILITY = {
+    "kept": "kept: not worse than the retrained models by more than the margins",
+    "lost": "lost: worse than the retrained models by more than a margin",
+    "undetermined": "undetermined: too few models to say whether the loss is within the margins",
+}
+
+
+def _statistic(audit: Audit, name: str) -> str | None:
+    found = dig(audit, "primary", name)
+    if found is None:
+        return None
+    title, question, digits = _WHAT[name]
+    difference = number(value(found, "difference"), digits, sign=True)
+    interval, margin = span(bounds(found, "interval"), digits), number(value(found, "margin"), 2)
+    where = {"inside": "inside", "undecided": "neither inside nor outside"}.get(str(dig(found, "side")), "outside")
+    floor, power = number(value(found, "noise_floor"), digits), number(value(found, "power"), 2)
+    return (
+        f"{title} ({question}) {difference} from the retrained models, 90 % interval {interval}: {where} the margin "
+        f"of ±{margin}. Two halves of the retrained models differ by {floor}; a perfect method would pass with a "
+        f"chance of {power}."
+    )
+
+
+def _strongest(audit: Audit, target: Audit) -> str | None:
+    worst = dig(audit, "worst_attack", "worst")
+    if worst is None:
+        return None
+    name = str(dig(worst, "name"))
+    base = number(value(target, "attacks", name, "same_group", "auc"), 3)
+    return (
+        f"Strongest attack: {name}, AUC {number(value(worst, 'auc'), 3)} ({base} on the retrained models); "
+        f"p = {number(value(worst, 'p_adjusted'), 4)} after correction for every attack that was tried."
+    )
+
+
+def _cells(audit: Audit) -> str | None:
+    share = value(audit, "exposure", "above_null")
+    if math.isnan(share):
+        return None
+    cells = value(audit, "groups", "forget")
+    return (
+        f"Cells: {number(share * cells, 0)} of {number(cells, 0)} are known better than retrained models know 97.5 % "
+        "of such cells."
+    )
+
+
+def explain(audits: Audits, question: str) -> str:
+    """Say what the audit of one forget request found, method by method.
+
+    Parameters
+    ----------
+    audits
+        method -> audit.
+    question
+        What was to be forgotten, the heading.
+
+    Returns
+    -------
+    str
+        Text for a terminal: for each method its verdict, why, the two statistics that decide with interval, margin,
+        noise floor and power, the strongest attack with its corrected p-value, the cells that remain exposed, utility,
+        and the published criterion, which decides nothing.
+    """
+    target = audits.get("retrain", {})
+    blocks = [question, "=" * len(question)]
+    for method in ordered(audits):
+        audit = audits[method]
+        if method == "retrain":
+            continue
+        utility = dig(audit, "utility", "verdict")
+        published = {True: "met", False: "not met"}.get(dig(audit, "published_criterion"), "not known")
+        lines = [
+            f"{method}: {look(dig(audit, 'verdict')).words.upper()}",
+            str(dig(audit, "explanation") or ""),
+            _statistic(audit, "membership"),
+            _statistic(audit, "trace"),
+            _strongest(audit, target),
+            _cells(audit),
+            f"Utility {_UTILITY.get(str(utility), 'not judged')}.",
+            f"The single-cell paper's own criterion is {published}; it decides nothing here.",
+        ]
+        blocks.append("\n  ".join(line for line in lines if line))
+    return "\n\n".join([blocks[0] + "\n" + blocks[1], *blocks[2:]])
