@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from scforget import artifacts, parallel, scoring, tracking
+from scforget import artifacts, parallel, scoring
 from scforget.audit import assess, evidence
 from scforget.audit.scene import Scene
 from scforget.context import Context, open_item
@@ -79,7 +79,7 @@ def reference(dataset: str, scenario: str) -> None:
     folders = workspace.work("train", dataset), workspace.work("retrain", dataset, scenario)
     groups = scorer.groups(folders[0])
     attacker = scorer.train_published(folders[0], groups)
-    originals, retrains = scorer.populations(*folders, meanwhile=tracking.warm_up)
+    originals, retrains = scorer.populations(*folders, meanwhile=context.warm_up)
     blocks = context.params.pipeline.shadow_blocks
     shadows = [workspace.work("shadows", dataset, str(block)) / "scores.npz" for block in blocks]
     references = scorer.references(retrains.scores["elbo"], shadows)
@@ -107,7 +107,7 @@ def audit(dataset: str, scenario: str) -> None:
     audits = Audits(context, scoring.Scorer(context.workspace, context.params, dataset, scenario))
     methods = context.params.pipeline.methods
     with Progress(context.item.name, len(methods)) as progress:
-        made = parallel.each(audits.make, methods, progress.advance, tracking.warm_up)
+        made = parallel.each(audits.make, methods, progress.advance, context.warm_up)
     for method, folder in zip(methods, made, strict=True):
         for name in FILES:
             artifacts.copy(folder / name, context.results / method / name)

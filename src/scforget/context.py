@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from scforget import replay, schema, seeding
@@ -41,12 +43,22 @@ class Context:
         """Folder of the item's small outs."""
         return self.workspace.results(self.item.stage, *self.item.keys)
 
+    @cached_property
+    def _store(self) -> Store:
+        return Store(self.workspace.root)
+
+    def warm_up(self) -> None:
+        """Open MLflow's store and load the plotting library: seconds that a stage has while its models are made."""
+        import matplotlib.backends.backend_agg  # noqa: F401
+
+        with suppress(TrackingError):  # `track` will say so, when the results are on disk
+            _ = self._store
+
     def track(self) -> None:
         """Log what the stage left on disk; under DVC a failure is a line, no error: DVC would delete the results."""
         try:
-            store = Store(self.workspace.root)
             for run in replay.runs(self.workspace, self.inputs):
-                store.log(run, "live")
+                self._store.log(run, "live")
         except TrackingError as error:
             if "DVC_STAGE" not in os.environ:
                 raise

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from scforget import artifacts, loading, parallel, tracking
+from scforget import artifacts, loading, parallel
 from scforget.arrays import BoolArray, IntArray
 from scforget.artifacts import FileCheckpoint
 from scforget.context import Context
@@ -163,7 +163,7 @@ def make(population: Population, seeds: Sequence[int]) -> None:
     """
     context = population.context
     with Progress(context.item.name, len(seeds)) as progress:
-        made = dict(zip(seeds, parallel.each(population.make, seeds, progress.advance, tracking.warm_up), strict=True))
+        made = dict(zip(seeds, parallel.each(population.make, seeds, progress.advance, context.warm_up), strict=True))
     failed = {str(seed): record for seed, (_, record) in made.items() if isinstance(record, str)}
     if failed and len(seeds) - len(failed) < 2:
         how_many = f"{len(failed)} of {len(seeds)}"
