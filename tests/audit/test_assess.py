@@ -393,7 +393,7 @@ def test_judge_refuses_an_empty_group(empty: str) -> None:
         judge("m", population(3), scene(groups=groups), target_attacks=target_attacks(), settings=SETTINGS, seed=0)
 
 
-def test_judge_refuses_a_forget_cell_among_its_controls() -> None:
-    groups = Groups(GROUPS.forget, {**GROUPS.controls, "same_group": mask(F - 1, F + SAME)})
-    with pytest.raises(DataError, match="forget and control cells: found 1 cells in both"):
-        judge("m", population(3), scene(groups=groups), target_attacks=target_attacks(), settings=SETTINGS, seed=0)
+@pytest.mark.parametrize("name", ["same_group", "matched_knn", "all_unseen"])
+def test_groups_refuse_a_forget_cell_among_any_controls(name: str) -> None:
+    with pytest.raises(DataError, match=f"{name} controls: found 1 forget cells among them"):
+        Groups(GROUPS.forget, {**GROUPS.controls, name: mask(F - 1, F + SAME)})
