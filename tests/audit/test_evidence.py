@@ -193,6 +193,12 @@ def test_indistinguishability_of_many_separated_models_is_bounded_away_from_0() 
         assert found["delta_at_epsilon_1"][name]["backward"] > 0.99
 
 
+def test_indistinguishability_gives_no_delta_for_a_statistic_that_all_models_share() -> None:
+    found = indistinguishability(population(3, shift=1000.0), scene(), SETTINGS, 0)  # AUC 1 under every model
+    assert set(found["delta_at_epsilon_1"]) == {"mean_elbo"}
+    assert found["epsilon_bounds"]["membership"]["epsilon"] > 0
+
+
 # cells
 
 

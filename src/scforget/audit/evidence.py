@@ -87,10 +87,11 @@ def indistinguishability(own: Population, scene: Scene, settings: AuditSettings,
         ).to_dict()
         for name, (one, two) in statistics.items()
     }
-    deltas = {}
+    deltas: Record = {}
     for name, (one, two) in statistics.items():
-        forward, backward = population.hockey_stick(one[:, None], two[:, None], 1.0)
-        deltas[name] = {"forward": float(forward[0]), "backward": float(backward[0])}
+        if np.ptp(one) > 0 and np.ptp(two) > 0:  # a few models on a few cells can share an AUC: no spread to fit
+            forward, backward = population.hockey_stick(one[:, None], two[:, None], 1.0)
+            deltas[name] = {"forward": float(forward[0]), "backward": float(backward[0])}
     return {"epsilon_bounds": bounds, "delta_at_epsilon_1": deltas}
 
 
