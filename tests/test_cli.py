@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from scforget import cli, errors, tracking
+from scforget import artifacts, cli, errors, tracking
+from scforget.artifacts import Workspace
+from spoiling import put
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,6 +136,60 @@ def test_profile_writes_its_values_and_says_what_next(command, tmp_path):
     code, _, err = command("profile", "quik")
     assert code == 2
     assert err == "scforget: profiles/quik.yaml: no such profile; there are: quick\n"
+
+
+@pytest.fixture
+def audited(tmp_path) -> Workspace:
+    """A project with the audit of one method in one scenario, of which the records say only what is asked for here."""
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    put("pipeline", "scenarios", value=["cd56_nk"])(tmp_path)
+    put("pipeline", "methods", value=["ssd"])(tmp_path)
+    workspace, place = Workspace(tmp_path), ("pbmc68k", "cd56_nk")
+    original = {"verdict": "NOT_FORGOTTEN", "groups": {"forget": 14}, "published_criterion": False}
+    reference = {"original": original, "retrain": {"verdict": "TARGET"}}
+    artifacts.write_json(workspace.results("reference", *place) / "result.json", reference)
+    record = {"verdict": "UNDETERMINED", "explanation": "Undetermined: too few models.", "published_criterion": True}
+    artifacts.write_json(workspace.results("audit", *place, "ssd") / "result.json", record)
+    for stage in (("train", "pbmc68k"), ("retrain", *place), ("unlearn", *place, "ssd")):
+        artifacts.write_json(workspace.results(*stage) / "result.json", {"seeds": {}, "failed": {}})
+    return workspace
+
+
+EXPLAIN = ("audit", "pbmc68k", "cd56_nk", "--explain")
+
+
+def test_audit_explain_says_in_plain_words_what_was_found_and_runs_nothing(command, audited):
+    before = {path: path.read_bytes() for path in audited.root.rglob("*") if path.is_file()}
+    question = "pbmc68k / cd56_nk: forget 14 cells (kind cluster, cluster CD56+ NK)"
+    assert command(*EXPLAIN) == (0, f"""\
+{question}
+{"=" * len(question)}
+
+original: NOT FORGOTTEN
+  Utility not judged.
+  The single-cell paper's own criterion is not met; it decides nothing here.
+
+ssd: UNDETERMINED
+  Undetermined: too few models.
+  Utility not judged.
+  The single-cell paper's own criterion is met; it decides nothing here.
+""", "")  # fmt: skip
+    assert {path: path.read_bytes() for path in audited.root.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("missing", ["reference/pbmc68k/cd56_nk", "audit/pbmc68k/cd56_nk/ssd"])
+def test_audit_explain_before_the_audit_ends_in_one_line_that_says_what_to_run(command, audited, missing):
+    path = audited.root / "results" / missing / "result.json"
+    path.unlink()
+    line = f"scforget: {path}: no such file; run the stage that makes it, or `dvc repro`\n"
+    assert command(*EXPLAIN) == (3, "", line)
+
+
+def test_audit_explain_of_an_unknown_request_names_the_known_ones(command, audited):
+    code, out, err = command("audit", "pbmc68k", "nk", "--explain")
+    assert (code, out) == (2, "")
+    params = audited.root / "params.yaml"
+    assert err == f"scforget: {params}: pipeline: pbmc68k nk is not part of it; it has pbmc68k cd56_nk\n"
 
 
 def test_data_list_names_every_public_set_and_its_licence(command):

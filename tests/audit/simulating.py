@@ -18,8 +18,9 @@ from scforget.audit.verdict import Verdict
 SETTINGS = AuditSettings.model_validate(
     {
         "margins": {"membership": 0.02, "trace": 1.0, "elbo": 5.0, "marker_r": 0.02},
-        "level": 0.9, "interval_level": 0.95, "bootstrap_draws": 20, "null_draws": 100, "trace_shrinkage": 0.5,
-        "min_controls": 10, "matched_neighbours": 10, "fpr_targets": [0.05], "permutation_draws": 200, "delta": 1e-5,
+        "level": 0.9, "interval_level": 0.95, "bootstrap_draws": 50, "null_draws": 100, "trace_shrinkage": 0.5,
+        "min_controls": 10, "matched_neighbours": 10, "fpr_targets": [0.01, 0.05], "permutation_draws": 199,
+        "delta": 1e-5,
         "attacks": {
             "threshold": {}, "knn": {"neighbours": 10},
             "mlp": {
@@ -28,7 +29,7 @@ SETTINGS = AuditSettings.model_validate(
             },
             "likelihood_ratio": {}, "lira": {"variance": "global", "min_models": 4}, "rmia": {"gamma": 1.0},
             "population": {
-                "scorer": "exact", "ceiling_draws": 2, "klom_bins": 5, "klom_floor": 1e-5, "min_models": 8,
+                "scorer": "exact", "ceiling_draws": 20, "klom_bins": 20, "klom_floor": 1e-5, "min_models": 8,
             },
         },
     }

@@ -11,10 +11,10 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from audit.simulating import SETTINGS
 from scforget.arrays import BoolArray, FloatArray
 from scforget.attacks import LEARNED
 from scforget.attacks.references import References
-from scforget.audit import AuditSettings
 from scforget.audit.evidence import (
     against_retrains,
     cell_table,
@@ -35,24 +35,6 @@ FORGET, UNSEEN, ASIDE = PART == 0, (PART == 1) | (PART == 2), PART == 3
 GROUPS = Groups(FORGET, {"same_group": PART == 1, "matched_knn": PART == 2, "all_unseen": UNSEEN})
 NAMES, LABELS = np.array([f"cell_{cell}" for cell in range(N)]), np.array(["B", "B", "B", "T"])[np.arange(N) % 4]
 NOBODY = np.full(N, "")
-SETTINGS = AuditSettings.model_validate(
-    {
-        "margins": {"membership": 0.02, "trace": 1.0, "elbo": 2.0, "marker_r": 0.02},
-        "level": 0.9, "interval_level": 0.95, "bootstrap_draws": 50, "null_draws": 100, "trace_shrinkage": 0.5,
-        "min_controls": 10, "matched_neighbours": 10, "fpr_targets": [0.05], "permutation_draws": 199, "delta": 1e-5,
-        "attacks": {
-            "threshold": {}, "knn": {"neighbours": 10}, "likelihood_ratio": {}, "rmia": {"gamma": 1.0},
-            "lira": {"variance": "global", "min_models": 4},
-            "mlp": {
-                "hidden": [8], "dropout": 0.0, "learning_rate": 1e-3, "batch_size": 128, "epochs": 1, "folds": 2,
-                "attackers": 2, "shuffled_draws": 2,
-            },
-            "population": {
-                "scorer": "exact", "ceiling_draws": 20, "klom_bins": 20, "klom_floor": 1e-5, "min_models": 8,
-            },
-        },
-    }
-)  # fmt: skip
 
 
 def population(seed: int, models: int = 8, shift: FloatArray | float = 0.0) -> Population:
@@ -86,7 +68,7 @@ def test_worst_attack_is_the_one_that_finds_most_with_the_p_value_of_having_trie
     own = attacked()
     found = worst_attack(own, GROUPS, SETTINGS, 0)
     assert found["worst"]["name"] == "strong"
-    assert found["worst"]["p_adjusted"] == 1 / 200  # no permutation comes near
+    assert found["worst"]["p_adjusted"] == 1 / (SETTINGS.permutation_draws + 1)  # no permutation comes near
     assert found["constant"] == []
     compared = FORGET | GROUPS.controls["same_group"]
     for test in found["attacks"]:

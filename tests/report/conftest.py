@@ -106,6 +106,71 @@ def audits():
     return copy.deepcopy(AUDITS)
 
 
+def bound(epsilon):
+    return {"epsilon": epsilon, "ceiling": 0.34, "n_positives": 5, "n_negatives": 8}
+
+
+@pytest.fixture
+def evidence():
+    """What a method's record says besides its verdict; odd numbers, so that none stands for another."""
+    return {
+        "seeds": [3, 4, 7],
+        "worst_attack": {
+            "worst": {"name": "knn", "auc": 0.641, "statistic": 2.2, "p": 0.0125, "p_adjusted": 0.0833},
+            "attacks": [{"name": "knn"}, {"name": "elbo"}, {"name": "kl"}],
+            "constant": ["rmia_online"],
+            "draws": 1999,
+        },
+        "population": {
+            "models": 4,
+            "epsilon": {"median": 1.25, "max": 3.5},
+            "forgetting_quality": 0.11,
+            "forgetting_ceiling": {"mean": 0.17, "low": 0.15, "high": 0.21},
+            "klom": {"models": 4, "value": 9.7, "null": 8.7, "excess": 1.0, "low": 0.6, "high": 1.4},
+            "u_lira": {"status": "measured", "reason": "", "auc": 0.71, "interval": [0.52, 0.83], "n_unlearned": 5,
+                       "n_retrained": 8},
+            "epsilon_bounds": {"membership": bound(0.0), "mean_elbo": bound(0.21)},
+            "delta_at_epsilon_1": {"membership": {"forward": 0.31, "backward": 0.29},
+                                   "mean_elbo": {"forward": 0.61, "backward": 0.59}},
+        },
+        "attacker_variance": {"mean": 0.74, "interval": [0.66, 0.82], "originals": 0.00866, "audit": 0.0014,
+                              "n_originals": 5, "n_audit": 3},
+        "exposure": {
+            "null_band": [-2.4, 1.8],
+            "above_null": 3 / 14,
+            "worst": [
+                {"cell": "AATC-4", "label": "CD56+ NK", "donor": "", "z": 6.1, "low": 5.2, "high": 7.0, "rank": 1},
+                {"cell": "ATGA-4", "label": "B", "donor": "d2", "z": 5.5, "low": None, "high": None, "rank": 2},
+            ],
+            "by_label": [{"name": "B", "cells": 6, "mean": 2.5, "worst_share": 0.33}],
+            "by_donor": [{"name": "d2", "cells": 8, "mean": 1.5, "worst_share": 0.25}],
+            "donor_auc": {"auc": 0.83, "interval": [0.5, 1.0], "member_donors": ["d1", "d2", "d3"],
+                          "control_donors": ["d4", "d5"], "reason": None},
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def known(audits, evidence):
+    """The audits with all evidence of ``ssd``, and what the retrains say that it is compared with."""
+    audits["ssd"] |= copy.deepcopy(evidence)
+    attacks = audits["ssd"]["attacks"]
+    learned = {**attacks["knn"]["same_group"], "null": None}
+    attacks["mlp"] = {"same_group": {**learned, "auc": 0.749, "interval": [0.54, 0.88]}}
+    attacks["published_mlp"] = {
+        "same_group": {**learned, "auc": 0.777, "interval": [0.61, 0.91]},
+        "matched_knn": {**learned, "auc": 0.862, "interval": [0.63, 0.96]},
+    }
+    attacks["elbo"]["same_group"]["per_seed_intervals"] = [[0.5, 0.9], None, [0.4, 0.8]]
+    audits["retrain"]["mlp_null"] = {"mean": 0.508, "sd": 0.05, "low": 0.43, "high": 0.61}
+    audits["retrain"]["models"] = 8
+    audits["retrain"]["gene_list"] = {
+        "same_group": {"auc": 0.595, "interval": [0.345, 0.804]},
+        "all_unseen": {"auc": 0.728, "interval": [0.573, 0.842]},
+    }
+    return audits
+
+
 @pytest.fixture
 def context():
     return copy.deepcopy(CONTEXT)

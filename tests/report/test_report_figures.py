@@ -250,6 +250,29 @@ def test_attack_grid_outlines_what_is_outside_the_null_band(audits):
             assert (text.get_weight() == "bold") == (record["same_group"]["advantage"] > 0.222)
 
 
+def test_attack_grid_outlines_no_learned_attack_and_puts_them_last(audits):
+    strong = {**audits["ssd"]["attacks"]["elbo"]["same_group"], "auc": 0.97, "advantage": 0.94}
+    audits["ssd"]["attacks"] |= {
+        "elbo": {"same_group": strong},
+        "mlp": {"same_group": {**strong, "null": None}},
+        "a_new_one": {"same_group": strong},
+        "published_mlp": {"same_group": {**strong, "null": None}},
+    }
+    figure = comparisons.attack_grid(audits)
+    assert figures.png_bytes(figure, dpi=30).startswith(b"\x89PNG")
+    axes = figure.axes[0]
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names == ["a_new_one", "elbo", "kl", "knn", "reconstruction", "mlp", "published_mlp"]
+    row = tables.ordered(audits).index("ssd") + 0.5
+    outlined = {
+        names[int(text.get_position()[0])]: text.get_bbox_patch().get_edgecolor()[3] > 0
+        for text in axes.texts
+        if text.get_position()[1] == row and text.get_text() == "0.97"
+    }
+    assert outlined == {"elbo": True, "a_new_one": True, "mlp": False, "published_mlp": False}
+    assert "learned attacks have none" in axes.get_title(loc="left")
+
+
 def test_pictures_of_audits_survive_gaps(gaps):
     broken = list(gaps("ssd"))
     for audits in [*broken[::30], {}, {"ssd": {}}, {"retrain": {}}]:

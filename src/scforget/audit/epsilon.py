@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special, stats
+import scipy
 
 from scforget.arrays import FloatArray, IntArray
 from scforget.audit.intervals import check_group, plain
@@ -91,8 +91,8 @@ def _check_samples(positives: npt.ArrayLike, negatives: npt.ArrayLike, rule: Rul
 
 def _bounds(k: IntArray, n: int, error: float) -> tuple[FloatArray, FloatArray]:
     """Clopper–Pearson bounds ``[T]`` of k in n, below and above; each alone is wrong with chance <= ``error``."""
-    lower = np.where(k > 0, special.betaincinv(np.maximum(k, 1), n - k + 1, error), 0.0)
-    upper = np.where(k < n, special.betainccinv(k + 1, np.maximum(n - k, 1), error), 1.0)
+    lower = np.where(k > 0, scipy.special.betaincinv(np.maximum(k, 1), n - k + 1, error), 0.0)
+    upper = np.where(k < n, scipy.special.betainccinv(k + 1, np.maximum(n - k, 1), error), 1.0)
     return lower, upper
 
 
@@ -215,11 +215,11 @@ def epsilon_lower_bound(
 
 def _one_run_p(epsilon: float, m: int, r: int, v: int, delta: float) -> float:
     """p-value of v right guesses in r under an (ε, δ) guarantee; may exceed 1."""
-    q = special.expit(epsilon)
-    tail = float(stats.binom.sf(v - 1, r, q))
+    q = scipy.special.expit(epsilon)
+    tail = float(scipy.stats.binom.sf(v - 1, r, q))
     if v == 0 or delta == 0:
         return tail
-    below = np.cumsum(stats.binom.pmf(np.arange(v - 1, -1, -1), r, q))
+    below = np.cumsum(scipy.stats.binom.pmf(np.arange(v - 1, -1, -1), r, q))
     return tail + 2 * m * delta * float((below / np.arange(1, v + 1)).max())
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy
 
 from scforget.arrays import FloatArray
 from scforget.audit.intervals import Interval, check_group, plain
@@ -102,7 +102,7 @@ def _side(interval: Interval, margin: float, original_side: int) -> Side:
 def _p_tost(difference: float, error: float, freedom: float, margin: float) -> float:
     if error == 0:
         return 0.0 if abs(difference) < margin else 1.0
-    return float(stats.t.sf((margin - abs(difference)) / error, freedom))
+    return float(scipy.stats.t.sf((margin - abs(difference)) / error, freedom))
 
 
 def _power(error: float, freedom: float, margin: float, level: float) -> float:
@@ -114,16 +114,16 @@ def _power(error: float, freedom: float, margin: float, level: float) -> float:
     if error == 0:
         return 1.0
     quantiles = (np.arange(1000) + 0.5) / 1000
-    estimated = error * np.sqrt(stats.chi2.ppf(quantiles, freedom) / freedom)
-    room = (margin - stats.t.ppf((1 + level) / 2, freedom) * estimated) / error
-    return float(np.clip(2 * stats.norm.cdf(room) - 1, 0, 1).mean())
+    estimated = error * np.sqrt(scipy.stats.chi2.ppf(quantiles, freedom) / freedom)
+    room = (margin - scipy.stats.t.ppf((1 + level) / 2, freedom) * estimated) / error
+    return float(np.clip(2 * scipy.stats.norm.cdf(room) - 1, 0, 1).mean())
 
 
 def _models_needed(unlearned: FloatArray, retrains: FloatArray, margin: float, level: float) -> int | None:
     distance = abs(abs(float(unlearned.mean() - retrains.mean())) - margin)
     for times in range(1, PRACTICAL_FACTOR + 1):
         error, freedom = welch(unlearned, retrains, times)
-        if stats.t.ppf((1 + level) / 2, freedom) * error < distance:
+        if scipy.stats.t.ppf((1 + level) / 2, freedom) * error < distance:
             return times
     return None
 
@@ -145,7 +145,7 @@ _NO_TEST = _Tests(interval=(_NAN, _NAN), p_tost=_NAN, power=_NAN, side="undecide
 def _tests(one: FloatArray, two: FloatArray, margin: float, level: float, original_side: int) -> _Tests:
     difference = float(one.mean() - two.mean())
     error, freedom = welch(one, two)
-    width = float(stats.t.ppf((1 + level) / 2, freedom)) * error
+    width = float(scipy.stats.t.ppf((1 + level) / 2, freedom)) * error
     interval = (difference - width, difference + width)
     return _Tests(
         interval=interval,

@@ -8,7 +8,7 @@ import numpy as np
 
 from scforget.arrays import BoolArray, FloatArray
 from scforget.attacks import LEARNED, kaggle, population
-from scforget.audit import AuditSettings, epsilon, exposure, intervals, permutation, roc, variance
+from scforget.audit import AuditSettings, epsilon, exposure, intervals, permutation, variance
 from scforget.audit.scene import RETRAINS_FOR_SPREAD, Groups, Population, Scene
 from scforget.errors import DataError
 
@@ -41,8 +41,7 @@ def worst_attack(own: Population, groups: Groups, settings: AuditSettings, seed:
 def against_retrains(own: Population, scene: Scene, settings: AuditSettings, seed: int) -> Record:
     """Populations of models: Kaggle epsilon and forgetting quality, KLOM, U-LiRA, each with retrain against retrain."""
     chosen, forget = settings.of("population"), scene.groups.forget
-    base = scene.target.scores["elbo"][:, forget]
-    one, two = own.scores["elbo"][:, forget], base
+    one, two = (models.scores["elbo"][:, forget] for models in (own, scene.target))
     same = min(len(one), len(two) // 2)
     if same < 3:
         return {"models": same, "refused": f"{len(one)} unlearned and {len(two)} retrained models; wanted 3 and 6"}
@@ -65,21 +64,16 @@ def against_retrains(own: Population, scene: Scene, settings: AuditSettings, see
     return found
 
 
-def _statistics(own: Population, scene: Scene) -> dict[str, tuple[FloatArray, FloatArray]]:
+def _per_model(models: Population, groups: Groups) -> dict[str, FloatArray]:
     """Two numbers a model, of which a method as good as retraining has the retrains' distribution."""
-    forget, controls = scene.groups.forget, scene.groups.controls["same_group"]
-
-    def of(models: Population) -> tuple[FloatArray, FloatArray]:
-        elbo = models.scores["elbo"]
-        return np.array([roc.auc(row[forget], row[controls]) for row in elbo]), elbo[:, forget].mean(axis=1)
-
-    (aucs, means), (base_aucs, base_means) = of(own), of(scene.target)
-    return {"membership": (aucs, base_aucs), "mean_elbo": (means, base_means)}
+    elbo = models.scores["elbo"]
+    return {"membership": groups.aucs(elbo, "same_group"), "mean_elbo": elbo[:, groups.forget].mean(axis=1)}
 
 
 def indistinguishability(own: Population, scene: Scene, settings: AuditSettings, seed: int) -> Record:
     """How far the models can be told from retrains: a valid lower bound on epsilon, and a plug-in delta(epsilon)."""
-    statistics = _statistics(own, scene)
+    base = _per_model(scene.target, scene.groups)
+    statistics = {name: (one, base[name]) for name, one in _per_model(own, scene.groups).items()}
     level = 1 - (1 - settings.interval_level) / len(statistics)  # all bounds hold together
     bounds = {
         name: epsilon.epsilon_lower_bound(
@@ -97,9 +91,8 @@ def indistinguishability(own: Population, scene: Scene, settings: AuditSettings,
 
 def _attacker_variance(own: Population, groups: Groups, level: float) -> Record:
     """Where the learned attack's AUC varies: between originals, and between seeds of the attacker."""
-    controls = groups.controls["same_group"]
-    aucs = [[roc.auc(row[groups.forget], row[controls]) for row in model] for model in own.attackers]
-    return variance.variance_components(np.array(aucs)[:, None, :], level=level).to_dict()
+    aucs = np.stack([groups.aucs(model, "same_group") for model in own.attackers])
+    return variance.variance_components(aucs[:, None, :], level=level).to_dict()
 
 
 def _exposure(own: Population, scene: Scene, settings: AuditSettings) -> exposure.Exposure:
@@ -110,18 +103,25 @@ def _exposure(own: Population, scene: Scene, settings: AuditSettings) -> exposur
     )  # fmt: skip
 
 
-def cell_table(own: Population, scene: Scene, settings: AuditSettings) -> pd.DataFrame:
-    """Every forget cell, the most exposed first: barcode, kind, donor, z against the retrains and its interval."""
+def _cells(found: exposure.Exposure, scene: Scene) -> pd.DataFrame:
     import pandas as pd
 
-    forget = scene.groups.forget
-    columns = {"cell": scene.names, "label": scene.labels, "donor": scene.donors}
-    if len(scene.target.seeds) < RETRAINS_FOR_SPREAD:
-        return pd.DataFrame(columns=[*columns, "z", "low", "high", "rank"])
-    found = _exposure(own, scene, settings)
-    table = pd.DataFrame({name: values[forget] for name, values in columns.items()})
+    names = {"cell": scene.names, "label": scene.labels, "donor": scene.donors}
+    table = pd.DataFrame({name: values[scene.groups.forget] for name, values in names.items()})
     table = table.assign(z=found.mean, low=found.interval[:, 0], high=found.interval[:, 1], rank=found.rank)
     return table.sort_values("z", ascending=False, kind="stable")
+
+
+def cell_table(own: Population, scene: Scene, settings: AuditSettings) -> pd.DataFrame:
+    """Every forget cell, the most exposed first: barcode, kind, donor, z against the retrains and its interval.
+
+    No row with too few retrains to have a spread.
+    """
+    import pandas as pd
+
+    if len(scene.target.seeds) < RETRAINS_FOR_SPREAD:
+        return pd.DataFrame(columns=["cell", "label", "donor", "z", "low", "high", "rank"])
+    return _cells(_exposure(own, scene, settings), scene)
 
 
 def exposed_cells(own: Population, scene: Scene, settings: AuditSettings, seed: int) -> Record:
@@ -133,7 +133,7 @@ def exposed_cells(own: Population, scene: Scene, settings: AuditSettings, seed: 
     record: Record = {
         "null_band": list(found.null_band),
         "above_null": found.above_null,
-        "worst": cell_table(own, scene, settings).head(len(found.worst)).to_dict("records"),
+        "worst": _cells(found, scene).head(len(found.worst)).to_dict("records"),
         "by_label": exposure.by_group(found.mean, scene.labels[forget]),
         "by_donor": None,
         "donor_auc": None,

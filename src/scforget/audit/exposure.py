@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy
 
 from scforget.arrays import BoolArray, FloatArray, IntArray
 from scforget.audit import roc
@@ -116,7 +116,7 @@ def exposure(scores: npt.ArrayLike, retrained: npt.ArrayLike, *, shrinkage: floa
     return Exposure(
         mean=mean,
         interval=np.array([mean_interval(column, level) for column in z.T]),
-        rank=stats.rankdata(-mean, method="min").astype(np.int64),
+        rank=scipy.stats.rankdata(-mean, method="min").astype(np.int64),
         worst=_worst(mean),
         null_band=(float(low), float(high)),
         above_null=float((mean > high).mean()),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy
 
 from scforget.arrays import FloatArray, IntArray
 from scforget.errors import DataError, EmptyGroupError
@@ -148,7 +148,7 @@ def delong(members: npt.ArrayLike, controls: npt.ArrayLike, level: float) -> tup
     control_share = (below + up_to) / (2 * F.size)
     auc = float(member_share.mean())
     variance = float(member_share.var(ddof=1) / F.size + control_share.var(ddof=1) / U.size)
-    quantile = float(stats.norm.ppf((1 + level) / 2))
+    quantile = float(scipy.stats.norm.ppf((1 + level) / 2))
     return auc, variance, _logit_interval(auc, variance, quantile, min(F.size, U.size), level)
 
 
@@ -241,7 +241,7 @@ def population_auc(
     means = np.concatenate([(block * _weights(generator, len(block), M)).sum(axis=1) / M for block in blocks])
     pairs = min(F.shape[1], U.shape[1])
     variance, freedom = _crossed_variance(aucs, float(means.var(ddof=1)), pairs)
-    quantile = float(stats.t.ppf((1 + level) / 2, freedom))
+    quantile = float(scipy.stats.t.ppf((1 + level) / 2, freedom))
     return float(aucs.mean()), _logit_interval(float(aucs.mean()), variance, quantile, pairs, level)
 
 
@@ -268,7 +268,7 @@ def mean_interval(values: npt.ArrayLike, level: float) -> Interval:
     array = check_group("models of a mean", values, 1)
     if array.size == 1:
         return float("nan"), float("nan")
-    width = float(stats.t.ppf((1 + level) / 2, array.size - 1) * array.std(ddof=1) / np.sqrt(array.size))
+    width = float(scipy.stats.t.ppf((1 + level) / 2, array.size - 1) * array.std(ddof=1) / np.sqrt(array.size))
     return float(array.mean()) - width, float(array.mean()) + width
 
 
@@ -297,8 +297,8 @@ def bca(
     """
     arrays = [check_group("values to resample", group, 2) for group in groups]
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.simplefilter("ignore", category=stats.DegenerateDataWarning)
-        result = stats.bootstrap(
+        warnings.simplefilter("ignore", category=scipy.stats.DegenerateDataWarning)
+        result = scipy.stats.bootstrap(
             arrays,
             statistic,
             vectorized=False,

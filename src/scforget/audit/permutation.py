@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy
 
 from scforget.arrays import BoolArray, FloatArray
 from scforget.audit.intervals import BLOCK, check_group, plain
@@ -113,7 +113,7 @@ def _rank_sums(scores: FloatArray, names: Sequence[str]) -> FloatArray:
     """``[A, n]``: each cell's mid-ranks, summed over models; whole or half numbers, so sums of them are exact."""
     for name, one in zip(names, scores, strict=True):
         check_group(f"scores of the attack {name}", one, 1)
-    ranks = stats.rankdata(scores, axis=2).sum(axis=1)
+    ranks = scipy.stats.rankdata(scores, axis=2).sum(axis=1)
     for name, row in zip(names, ranks, strict=True):
         if np.ptp(row) == 0:
             raise DataError(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy
 
 from scforget.arrays import FloatArray
 from scforget.audit.intervals import Interval, check_group, clopper_pearson, plain
@@ -49,7 +49,7 @@ def auc(members: npt.ArrayLike, controls: npt.ArrayLike) -> float:
     Mann & Whitney (1947): (R − F(F+1)/2) / (F·U), R the sum of the members' mid-ranks; O(n log n).
     """
     F, U = check_group("forget cells", members, 1), check_group("control cells", controls, 1)
-    ranks = stats.rankdata(np.concatenate([F, U]))
+    ranks = scipy.stats.rankdata(np.concatenate([F, U]))
     return float((ranks[: F.size].sum() - F.size * (F.size + 1) / 2) / (F.size * U.size))
 
 
@@ -198,7 +198,7 @@ def advantage_null(n_members: int, n_controls: int, *, seed: int, draws: int) ->
         raise EmptyGroupError("forget or control cells", few, "at least 1")
     if few > NORMAL_NULL_CELLS:
         spread = 2 * np.sqrt((few + many + 1) / (12 * few * many))
-        return {"mean": float(spread * np.sqrt(2 / np.pi)), "q95": float(spread * stats.norm.ppf(0.975))}
+        return {"mean": float(spread * np.sqrt(2 / np.pi)), "q95": float(spread * scipy.stats.norm.ppf(0.975))}
     generator = numpy_generator(seed, "advantage_null", few, many)
     gaps = generator.multinomial(many, generator.dirichlet(np.ones(few + 1), size=draws))
     # A cell in gap j has j of the smaller group below it.

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from scforget.arrays import BoolArray, FloatArray
 from scforget.attacks.references import References
+from scforget.audit import roc
 from scforget.errors import DataError
 
 #: Fewest retrained models of which each can be measured against the others, whose spread is the unit.
@@ -30,6 +31,10 @@ class Groups:
         for name, mask in self.controls.items():
             if both := int((self.forget & mask).sum()):
                 raise DataError(f"{name} controls", f"{both} forget cells among them", "cells that are not forgotten")
+
+    def aucs(self, scores: FloatArray, control: str) -> FloatArray:
+        """``[M]``: AUC of the forget cells against one kind of control, by scores ``[M, n]`` of M models."""
+        return np.array([roc.auc(row[self.forget], row[self.controls[control]]) for row in scores])
 
     def sizes(self) -> dict[str, int]:
         """Number of cells of each group."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy
 
 from scforget.arrays import FloatArray
 from scforget.audit.intervals import Interval, plain
@@ -112,7 +112,7 @@ def variance_components(values: npt.ArrayLike, *, level: float) -> VarianceCompo
     raw = {name: (square - less) / counts[name] for (name, square), less in zip(squares.items(), below, strict=True)}
     components = {name: max(0.0, value) for name, value in raw.items()}
     mean, error = float(array.mean()), float(np.sqrt(squares["originals"] / array.size))
-    width = float(stats.t.ppf((1 + level) / 2, originals - 1)) * error
+    width = float(scipy.stats.t.ppf((1 + level) / 2, originals - 1)) * error
     return VarianceComponents(
         mean=mean,
         standard_error=error,

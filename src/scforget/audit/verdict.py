@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy
 
 from scforget.audit.equivalence import Equivalence, welch
 from scforget.audit.intervals import Interval, check_group
@@ -185,7 +185,7 @@ def utility_verdict(values: npt.ArrayLike, retrain: npt.ArrayLike, margin: float
     if min(one.size, two.size) < 2:
         return "undetermined"
     error, freedom = welch(one, two)
-    width = float(stats.t.ppf((1 + level) / 2, freedom)) * error
+    width = float(scipy.stats.t.ppf((1 + level) / 2, freedom)) * error
     difference = float(one.mean() - two.mean())
     if difference - width > -margin:
         return "kept"

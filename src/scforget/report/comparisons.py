@@ -177,5 +177,8 @@ def attack_grid(audits: Audits) -> Figure:
     axes.tick_params(length=0)
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
-    axes.set_title("AUC against same-group controls\noutlined: outside the no-leak 95 % band", fontsize=8)
+    axes.set_title(
+        "AUC against same-group controls\noutlined: outside the no-leak 95 % band (learned attacks have none)",
+        fontsize=8,
+    )
     return figure

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
+from scforget.report import evidence_tables
 from scforget.report.tables import Audit, Audits, bounds, dig, look, number, ordered, span, value
 
 _WHAT = {
     "membership": ("Membership", "are these very cells remembered?", 3),
     "trace": ("Trace", "is anything of them left, the knowledge of their kind included?", 2),
+}
+_SIDES = {
+    "inside": "inside",
+    "undecided": "neither inside nor outside",
+    "beyond": "outside",
+    "opposite": "outside",
 }
 _UTILITY = {
     "kept": "kept: not worse than the retrained models by more than the margins",
@@ -24,7 +29,7 @@ def _statistic(audit: Audit, name: str) -> str | None:
     title, question, digits = _WHAT[name]
     difference = number(value(found, "difference"), digits, sign=True)
     interval, margin = span(bounds(found, "interval"), digits), number(value(found, "margin"), 2)
-    where = {"inside": "inside", "undecided": "neither inside nor outside"}.get(str(dig(found, "side")), "outside")
+    where = _SIDES.get(str(dig(found, "side")), "not compared with")
     floor, power = number(value(found, "noise_floor"), digits), number(value(found, "power"), 2)
     return (
         f"{title} ({question}) {difference} from the retrained models, 90 % interval {interval}: {where} the margin "
@@ -33,12 +38,12 @@ def _statistic(audit: Audit, name: str) -> str | None:
     )
 
 
-def _strongest(audit: Audit, target: Audit) -> str | None:
+def _strongest(audit: Audit, audits: Audits) -> str | None:
     worst = dig(audit, "worst_attack", "worst")
-    if worst is None:
+    name = dig(worst, "name")
+    if name is None:
         return None
-    name = str(dig(worst, "name"))
-    base = number(value(target, "attacks", name, "same_group", "auc"), 3)
+    base = number(evidence_tables.target_auc(audits, name))
     return (
         f"Strongest attack: {name}, AUC {number(value(worst, 'auc'), 3)} ({base} on the retrained models); "
         f"p = {number(value(worst, 'p_adjusted'), 4)} after correction for every attack that was tried."
@@ -46,14 +51,10 @@ def _strongest(audit: Audit, target: Audit) -> str | None:
 
 
 def _cells(audit: Audit) -> str | None:
-    share = value(audit, "exposure", "above_null")
-    if math.isnan(share):
+    found = evidence_tables.exposed(audit)
+    if found is None:
         return None
-    cells = value(audit, "groups", "forget")
-    return (
-        f"Cells: {number(share * cells, 0)} of {number(cells, 0)} are known better than retrained models know 97.5 % "
-        "of such cells."
-    )
+    return f"Cells: {found[0]} of {found[1]} are known better than retrained models know 97.5 % of such cells."
 
 
 def explain(audits: Audits, question: str) -> str:
@@ -73,7 +74,6 @@ def explain(audits: Audits, question: str) -> str:
         noise floor and power, the strongest attack with its corrected p-value, the cells that remain exposed, utility,
         and the published criterion, which decides nothing.
     """
-    target = audits.get("retrain", {})
     blocks = [question, "=" * len(question)]
     for method in ordered(audits):
         audit = audits[method]
@@ -86,7 +86,7 @@ def explain(audits: Audits, question: str) -> str:
             str(dig(audit, "explanation") or ""),
             _statistic(audit, "membership"),
             _statistic(audit, "trace"),
-            _strongest(audit, target),
+            _strongest(audit, audits),
             _cells(audit),
             f"Utility {_UTILITY.get(str(utility), 'not judged')}.",
             f"The single-cell paper's own criterion is {published}; it decides nothing here.",
