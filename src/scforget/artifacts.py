@@ -219,7 +219,7 @@ class FileCheckpoint:
         writing. Resuming is exact from any epoch, so this costs a killed run that much time and nothing else.
     """
 
-    def __init__(self, folder: Path, every: float = 1.0) -> None:
+    def __init__(self, folder: Path, every: float = 5.0) -> None:
         self._path = folder / "checkpoint.safetensors"
         self._every = every
         self._started = self._saved = time.perf_counter()

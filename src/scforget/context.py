@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from scforget import replay, schema, seeding
+from scforget import schema, seeding
 from scforget.artifacts import Workspace
 from scforget.errors import ConfigError, TrackingError
 from scforget.pipeline import Inputs, Item, Pipeline
@@ -48,14 +48,18 @@ class Context:
         return Store(self.workspace.root)
 
     def warm_up(self) -> None:
-        """Open MLflow's store and load the plotting library: seconds that a stage has while its models are made."""
+        """Open MLflow's store and load what draws: seconds that a stage has while its models are made."""
         import matplotlib.backends.backend_agg  # noqa: F401
+
+        from scforget import replay  # noqa: F401
 
         with suppress(TrackingError):  # `track` will say so, when the results are on disk
             _ = self._store
 
     def track(self) -> None:
         """Log what the stage left on disk; under DVC a failure is a line, no error: DVC would delete the results."""
+        from scforget import replay
+
         try:
             for run in replay.runs(self.workspace, self.inputs):
                 self._store.log(run, "live")

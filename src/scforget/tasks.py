@@ -23,6 +23,8 @@ from scforget.models.mixture import Model, members_of
 from scforget.models.vae import VAE, Batch, Decoded, VAESettings, gaussian_kl
 
 _SCORING_BATCH = 1024
+# Counts that take no more than this are kept dense: slicing a sparse matrix costs a twentieth of a small model's step.
+_DENSE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class VaeTask:
         # A cell may have no count among the modelled genes; a library of 1 keeps its logarithm finite.
         self.library = np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64).ravel(), 1.0)
         self.normaliser = total_counts if settings.likelihood == "log_mse" else self.library
+        small = 4 * counts.shape[0] * counts.shape[1] <= _DENSE_BYTES
+        self._dense = counts.toarray().astype(np.float32) if small else None
 
     def new_model(self, seed: int) -> VAE:
         """Return a freshly initialised model; equal seeds give equal parameters."""
@@ -137,7 +141,8 @@ class VaeTask:
 
     def batch(self, cells: IntArray) -> Batch:
         """Return the given cells as dense float32 tensors."""
-        counts = torch.from_numpy(self.counts[cells].toarray().astype(np.float32))
+        dense = self.counts[cells].toarray().astype(np.float32) if self._dense is None else self._dense[cells]
+        counts = torch.from_numpy(dense)
         library = torch.from_numpy(self.library[cells].astype(np.float32))[:, None]
         normaliser = torch.from_numpy(self.normaliser[cells].astype(np.float32))[:, None]
         return Batch(counts, torch.log1p(counts * (1e4 / normaliser)), library)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 
@@ -15,7 +16,7 @@ from scipy import special, stats
 from torch import Tensor
 
 from scforget.arrays import FloatArray
-from scforget.models.likelihoods import nb_log_prob, squared_error, zinb_log_prob
+from scforget.models.likelihoods import nb_log_likelihood, nb_log_prob, squared_error, zinb_log_prob
 
 COUNTS = (0, 1, 2, 5, 20, 100, 1000, 5000)
 SWITCH = 16.0  # from here on Stirling's series replaces differences of lgamma
@@ -133,6 +134,94 @@ def test_nb_log_prob_has_the_gradients_of_its_values(log_r: float) -> None:
     log_mean = double(-5, 0.3, 1, 3.2, 6.5).requires_grad_()
     dispersions = torch.full((5,), log_r, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: nb_log_prob(x, a, b), (log_mean, dispersions))
+
+
+def whole_cells(
+    cells: int, genes: int, seed: int, *, largest: int = 30, spread: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mostly empty float64 counts, logits, log library and log r of some cells."""
+    rng = np.random.default_rng(seed)
+    counts = torch.from_numpy(rng.integers(1, largest + 1, (cells, genes)) * (rng.uniform(size=(cells, genes)) < 0.2))
+    logits, log_r = (torch.from_numpy(rng.normal(0, spread, (cells, genes))) for _ in range(2))
+    library = counts.sum(1, keepdim=True).clamp(min=1)
+    return counts.double(), logits, library.double().log(), log_r
+
+
+def summed(counts: Tensor, logits: Tensor, log_library: Tensor, log_r: Tensor) -> Tensor:
+    """What :func:`nb_log_likelihood` is: the elementwise form, summed."""
+    return nb_log_prob(counts, logits.log_softmax(-1) + log_library, log_r).sum(-1)
+
+
+def value_and_gradients(function: Callable[..., Tensor], values: tuple[Tensor, ...], weights: Tensor) -> list[Tensor]:
+    """Value of each cell, and the gradients of their weighted sum in logits and log r."""
+    counts, logits, log_library, log_r = (value.clone() for value in values)
+    value = function(counts, logits.requires_grad_(), log_library, log_r.requires_grad_())
+    return [value.detach(), *torch.autograd.grad((value * weights.to(value.dtype)).sum(), (logits, log_r))]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    cells=st.integers(0, 5), genes=st.integers(1, 40), seed=st.integers(0, 10**6),
+    largest=st.sampled_from([1, 30, 5000]), spread=st.sampled_from([0.3, 3.0, 6.0]),
+)  # fmt: skip
+def test_nb_log_likelihood_is_the_elementwise_form_summed(
+    cells: int, genes: int, seed: int, largest: int, spread: float
+) -> None:
+    """Value and gradients to 1e-8 in float64, and in float32 to 1e-6 of what they are sums of.
+
+    A zero's gradient in log r is a difference of two numbers near r log(1 + μ/r). No cell and one cell are included.
+    """
+    values = whole_cells(cells, genes, seed, largest=largest, spread=spread)
+    weights = torch.linspace(-1, 2, cells, dtype=torch.float64)
+    wanted = value_and_gradients(summed, values, weights)
+    for got, exact in zip(value_and_gradients(nb_log_likelihood, values, weights), wanted, strict=True):
+        assert float((got - exact).norm()) <= 1e-8 * float(exact.norm())
+    single = tuple(value.float() for value in values)
+    counts, logits, log_library, log_r = (value.double() for value in single)
+    at_single = value_and_gradients(summed, (counts, logits, log_library, log_r), weights)
+    terms = weights[:, None] * nb_log_prob(torch.zeros_like(counts), logits.log_softmax(-1) + log_library, log_r)
+    for got, exact in zip(value_and_gradients(nb_log_likelihood, single, weights), at_single, strict=True):
+        assert got.dtype == torch.float32
+        assert float((got.double() - exact).norm()) <= 1e-6 * float(exact.norm() + terms.norm())
+
+
+def test_nb_log_likelihood_has_the_gradients_of_its_values() -> None:
+    counts, logits, log_library, log_r = whole_cells(3, 7, seed=1)
+    inputs = logits.requires_grad_(), log_r.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, d: nb_log_likelihood(counts, a, log_library, d), inputs)
+
+
+def test_nb_log_likelihood_takes_one_dispersion_for_all_cells() -> None:
+    """As :class:`~scforget.models.vae.PerGene` gives it: expanded, so that its gradient is summed over cells."""
+    counts, logits, log_library, log_r = whole_cells(4, 6, seed=2)
+    rows = []
+    for function in (nb_log_likelihood, summed):
+        each_gene = log_r[0].clone().requires_grad_()
+        rows.append(
+            torch.autograd.grad(function(counts, logits, log_library, each_gene.expand(4, -1)).sum(), each_gene)
+        )
+    torch.testing.assert_close(*rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nb_log_likelihood_stays_finite_at_extreme_logits_and_clamps_the_dispersion(dtype: torch.dtype) -> None:
+    values = torch.tensor(list(product([0, 1, 5000], [-1e4, -90, 0, 90, 1e4], [-1e4, -16, 0, 16, 1e4])), dtype=dtype)
+    counts, logits, log_r = (column.clone()[None] for column in values.unbind(1))
+    found = value_and_gradients(
+        nb_log_likelihood, (counts, logits, counts.sum()[None, None].log(), log_r), torch.ones(1)
+    )
+    assert all(torch.isfinite(one).all() for one in found)
+    assert not found[2][log_r.abs() > LIMIT].any()
+    assert found[2][log_r.abs() <= LIMIT].any()
+
+
+def test_nb_log_likelihood_refuses_a_second_derivative() -> None:
+    """It writes its gradient out, and would otherwise pass off a constant as differentiable."""
+    counts, logits, log_library, log_r = whole_cells(2, 5, seed=3)
+    value = nb_log_likelihood(counts, logits.requires_grad_(), log_library, log_r).square().sum()
+    (gradient,) = torch.autograd.grad(value, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_zinb_log_prob_has_the_gradients_of_its_values() -> None:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import scipy
 from pydantic import Field
-from scipy import stats
 
 from scforget.arrays import FloatArray, IntArray
 from scforget.errors import DataError, EmptyGroupError
@@ -284,7 +284,7 @@ def u_lira(unlearned: npt.ArrayLike, retrained: npt.ArrayLike, min_models: int, 
         gap = 1 - ((1 - level) / 2) ** (1 / min(M, K))
         interval = (auc - gap * auc, auc + gap * (1 - auc))
     else:
-        quantile = stats.t.ppf((1 + level) / 2, min(M, K, JACKKNIFE_GROUPS) - 1)
+        quantile = scipy.stats.t.ppf((1 + level) / 2, min(M, K, JACKKNIFE_GROUPS) - 1)
         width, centre = quantile * error / (auc * (1 - auc)), np.log(auc / (1 - auc))
         low, high = 1 / (1 + np.exp(-np.clip([centre - width, centre + width], -700, 700)))
         interval = (float(low), float(high))
@@ -295,7 +295,7 @@ def _hockey_stick(p: tuple[float, float], q: tuple[float, float], epsilon: float
     """E over P of (1 − exp(ε − ln p/q))₊ for two Gaussians (mean, sd), on a grid of P's standard scores."""
     x = p[0] + p[1] * GRID
     ratio = np.log(q[1] / p[1]) - 0.5 * GRID**2 + 0.5 * ((x - q[0]) / q[1]) ** 2
-    return float(np.trapezoid(stats.norm.pdf(GRID) * -np.expm1(np.minimum(epsilon - ratio, 0)), GRID))
+    return float(np.trapezoid(scipy.stats.norm.pdf(GRID) * -np.expm1(np.minimum(epsilon - ratio, 0)), GRID))
 
 
 def hockey_stick(unlearned: npt.ArrayLike, retrained: npt.ArrayLike, epsilon: float) -> tuple[FloatArray, FloatArray]:

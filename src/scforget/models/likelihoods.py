@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, softplus
 
 # Below this inverse dispersion lgamma differences are accurate; above it they cancel and Stirling's series is used.
@@ -60,6 +63,73 @@ def nb_log_prob(counts: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor
         + counts * log_mean
         - (counts + r) * softplus(log_mean - log_r)
     )
+
+
+class _NegativeBinomial(torch.autograd.Function):
+    """:func:`nb_log_likelihood`: what every entry has in common in dense passes, the rest at the nonzero counts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, counts: Tensor, logits: Tensor, log_library: Tensor, log_inverse_dispersion: Tensor
+    ) -> Tensor:
+        log_r = log_inverse_dispersion.clamp(-LOG_INVERSE_DISPERSION_LIMIT, LOG_INVERSE_DISPERSION_LIMIT)
+        log_shares, dense_r = logits.log_softmax(-1), log_r.exp()
+        log_odds = log_shares + log_library - log_r  # log(μ/r)
+        empty = dense_r * softplus(log_odds)  # minus the log-probability of a zero
+        entries = counts.reshape(-1).nonzero().squeeze(1)
+        cells = entries.div(counts.shape[1], rounding_mode="floor")
+        x = counts.reshape(-1)[entries].double()
+        at = log_r.reshape(-1)[entries].double()
+        r = at.exp()
+        odds = log_shares.view(-1)[entries].double() + log_library.reshape(-1)[cells].double() - at
+        found = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1) + x * (odds - softplus(odds))
+        ctx.save_for_backward(log_shares, log_odds, dense_r, empty, entries, x, r, odds, log_inverse_dispersion)
+        return (-empty.sum(-1)).double().index_add_(0, cells, found).to(logits.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        log_shares, log_odds, dense_r, empty, entries, x, r, odds, log_inverse_dispersion = ctx.saved_tensors
+        mean = -dense_r * log_odds.sigmoid()  # σ = μ/(μ + r) is the sigmoid
+        dispersion = -mean - empty
+        there = x - (x + r) * odds.sigmoid()
+        rise = r * (torch.digamma(x + r) - torch.digamma(r) - softplus(odds))
+        mean.view(-1)[entries] = there.to(mean.dtype)
+        dispersion.view(-1)[entries] = (rise - there).to(mean.dtype)
+        mean *= upstream[:, None]
+        logits = mean - log_shares.exp() * mean.sum(-1, keepdim=True)
+        dispersion *= upstream[:, None]
+        dispersion *= log_inverse_dispersion.abs() <= LOG_INVERSE_DISPERSION_LIMIT
+        return None, logits, None, dispersion
+
+
+def nb_log_likelihood(counts: Tensor, logits: Tensor, log_library: Tensor, log_inverse_dispersion: Tensor) -> Tensor:
+    """Negative-binomial log-likelihood of whole cells whose expected counts are shares of a library.
+
+    Parameters
+    ----------
+    counts : ``[B, G]``
+        Integer counts >= 0, in a floating dtype.
+    logits : ``[B, G]``
+        The expected count is softmax(logits)·library.
+    log_library : ``[B, 1]``
+        No gradient arrives here.
+    log_inverse_dispersion : ``[B, G]``
+        log r, clamped to ±15.
+
+    Returns
+    -------
+    ``[B]``
+        The sum of :func:`nb_log_prob` over genes, nats; differentiable once.
+
+    Notes
+    -----
+    Most counts are 0, where log p = −r log(1 + μ/r) and no Γ is left; the others' Γ terms are taken in float64 at their
+    own entries. With σ = μ/(μ + r) the gradient is x − (x + r)σ in log μ, and
+    r(ψ(x + r) − ψ(r)) − x − r log(1 + μ/r) + (x + r)σ in log r, written out rather than recorded.
+    """
+    inputs = counts, logits, log_library, log_inverse_dispersion
+    return cast("Tensor", _NegativeBinomial.apply(*inputs))
 
 
 def zinb_log_prob(counts: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor, zero_logits: Tensor) -> Tensor:

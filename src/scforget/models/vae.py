@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from scforget.models.likelihoods import nb_log_prob, squared_error, zinb_log_prob
+from scforget.models.likelihoods import nb_log_likelihood, nb_log_prob, squared_error, zinb_log_prob
 from scforget.settings import Settings
 
 
@@ -121,6 +121,9 @@ class VAE(nn.Module):
 
     def reconstruction(self, batch: Batch, decoded: Decoded) -> Tensor:
         """:meth:`log_prob` of each cell, ``[B]``, summed over genes."""
+        if self.settings.likelihood == "nb":
+            parameters = decoded.logits, batch.library.log(), decoded.log_inverse_dispersion
+            return nb_log_likelihood(batch.counts, *parameters)
         return self.log_prob(batch, decoded).sum(-1)
 
 
