@@ -156,6 +156,18 @@ def test_cell_without_counts_in_the_modelled_genes_stays_finite(make_task: MakeT
     assert np.isfinite(task.decoded_means(model, both, np.arange(60))).all()
 
 
+def test_batch_is_the_same_from_dense_and_from_sparse_counts(
+    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts too large to be kept dense are sliced as they are; no cell and repeated cells included."""
+    dense = make_task()
+    monkeypatch.setattr(tasks, "_DENSE_BYTES", 0)
+    sliced = make_task()
+    for cells in ([], [3], [5, 2, 2, 0]):
+        found = zip(dense.batch(np.array(cells, int)), sliced.batch(np.array(cells, int)), strict=True)
+        assert all(torch.equal(*pair) and pair[0].dtype == torch.float32 for pair in found)
+
+
 def test_batch_normalises_by_the_modelled_genes_except_as_published(make_task: MakeTask) -> None:
     counts = make_task().counts[CELLS].toarray()
     modelled = counts.sum(1, keepdims=True)
