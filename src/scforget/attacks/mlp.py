@@ -214,9 +214,9 @@ def mlp(
     that both groups weigh the same; ReLU layers with dropout, every layer's weight divided by its spectral norm (Miyato
     et al. 2018). An epoch's batches are as even as can be, so that no step is taken on one or two cells.
 
-    Under no leak the AUC is 0.5 on average, but spreads more than a fixed score's (about 1.3 to 1.5 times, simulated): cells
-    of a fold share an attacker that learned from the others. Intervals and null bands that take cells as independent
-    are too narrow here; ``shuffled_label_null`` is not.
+    Under no leak the AUC is 0.5 on average, but spreads more than a fixed score's (about 1.3 to 1.5 times, simulated):
+    cells of a fold share an attacker that learned from the others. Intervals and null bands that take cells as
+    independent are too narrow here; ``shuffled_label_null`` is not.
     """
     problem, folds = _prepare(features, forget, controls, settings)
     per_attacker = _cross_fitted(problem, folds, settings, seed)
