@@ -126,7 +126,7 @@ class Bench:
             for model in range(len(found["models"]), self.models):
                 found["models"].append(self.train(task, scenario, job, model))
                 artifacts.write_json(path, found)
-        return found
+        return dict(artifacts.read_json(path))  # a fresh job and one from an earlier sitting give the same columns
 
     def rows(self, clusters: list[str], n_splits: int) -> pd.DataFrame:
         """One row a model."""
@@ -154,7 +154,7 @@ def by_split(table: pd.DataFrame, cluster: str, source: str, column: str) -> Flo
 
 def shown(mean: float, interval: intervals.Interval, sign: str = "") -> str:
     """A mean and its interval in words."""
-    return f"{mean:{sign}.3f} ({interval[0]:{sign}.3f}, {interval[1]:{sign}.3f})"
+    return f"{mean:{sign}.3f} ({interval[0]:{sign}.3f}, {interval[1]:{sign}.3f})".replace("-", "−")
 
 
 def summary(table: pd.DataFrame, level: float) -> str:

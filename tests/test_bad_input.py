@@ -163,7 +163,7 @@ CASES: dict[str, Case] = {
     "unknown scenario": (["retrain", "tiny", "nk"], lambda _: None, 2, ["tiny nk is not part of it; it has tiny half"]),
     "unknown method": (
         ["unlearn", "tiny", "half", "magic"], lambda _: None, 2,
-        ["magic is not part of it; it has tiny half ssd, tiny half partial_reset"],
+        ["pipeline.methods: magic is not part of it; it has ssd, partial_reset"],
     ),
     "method not in the pipeline": (
         ["unlearn", "tiny", "half", "retain_finetune"], lambda _: None, 2, ["retain_finetune is not part of it"],

@@ -38,13 +38,13 @@ def filled(stage: str) -> list[tuple[Item, list[str]]]:
 
 
 def test_the_default_pipeline_has_as_many_items_as_it_is_known_to_have():
-    """Each costs two to three seconds of imports before it does anything: a change here is a decision."""
+    """Each costs seven seconds of imports, MLflow and DVC's lock before it does anything: a change is a decision."""
     counts = {stage: len(Pipeline(ROOT).items(stage)) for stage in DVC}
     assert counts == {
-        "prepare": 1, "split": 1, "train": 1, "retrain": 3, "shadows": 2, "unlearn": 45, "reference": 3, "audit": 3,
+        "prepare": 1, "split": 1, "train": 1, "retrain": 3, "shadows": 2, "unlearn": 3, "reference": 3, "audit": 3,
         "report": 1, "track": 1,
     }  # fmt: skip
-    assert sum(counts.values()) == 61
+    assert sum(counts.values()) == 19
 
 
 def test_stages_are_commands_and_functions_of_the_same_name():
@@ -73,8 +73,8 @@ def test_every_method_has_a_file_a_section_and_a_place_in_the_pipeline():
     files = {path.stem for path in (SOURCE / "methods").glob("*.py")} - {"__init__"}
     assert files == set(METHODS)
     assert PARAMS["pipeline"]["methods"] == [name for name in METHODS if not name.endswith("_published")]
-    assert "unlearn.${item.method}" in DVC["unlearn"]["params"]
-    assert "src/scforget/methods/${item.method}.py" in DVC["unlearn"]["deps"]
+    assert {"pipeline.methods", "unlearn"} <= set(DVC["unlearn"]["params"])
+    assert "src/scforget/methods" in DVC["unlearn"]["deps"]
     for name, method in METHODS.items():
         assert method.run.__module__ == f"scforget.methods.{name}"
         assert method.run.__name__ == name
@@ -127,8 +127,9 @@ def test_every_param_that_a_stage_tracks_is_there():
 def test_timings_are_an_out_on_which_only_the_end_of_the_pipeline_depends():
     for stage, described in DVC.items():
         volatile = [out for out in described.get("outs", []) if isinstance(out, str) and out.endswith("cost.json")]
-        assert len(volatile) == (stage in ("train", "retrain", "shadows", "unlearn"))
+        assert len(volatile) == (stage in ("train", "retrain", "shadows"))
         if stage not in ("report", "track"):
+            assert not any(dep.startswith("results/unlearn") for dep in described["deps"])  # its timings are inside
             assert not any(dep.endswith("cost.json") or dep == "results" for dep in described["deps"])
             assert not any(
                 dep.rstrip("/").split("/")[:1] == ["results"] and "." not in dep for dep in described["deps"]
@@ -149,7 +150,7 @@ RUNS = {
     "train": ["training.py", "loading.py"],
     "retrain": ["training.py", "loading.py"],
     "shadows": ["training.py", "loading.py", "data/splits.py"],
-    "unlearn": ["methods/{method}.py", "loading.py"],
+    "unlearn": ["methods", "loading.py"],
     "reference": ["scoring.py", "attacks", "audit"],
     "audit": ["scoring.py", "attacks", "audit"],
 }
@@ -205,7 +206,7 @@ def test_imported_finds_modules_names_and_rooms():
 def test_every_stage_names_the_science_that_it_runs(stage):
     for item, deps in filled(stage):
         named = [dep.removeprefix("src/scforget/") for dep in deps if dep.startswith("src/scforget/")]
-        needed = closure([seed.format(method=item.keys[-1]) for seed in RUNS[stage]]) - HARMLESS.get(stage, set())
+        needed = closure(RUNS[stage]) - HARMLESS.get(stage, set())
         missing = {file for file in needed if not any(file == dep or file.startswith(f"{dep}/") for dep in named)}
         assert missing == set(), item.name
 

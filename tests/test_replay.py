@@ -72,7 +72,7 @@ def test_runs_of_models_nest_one_run_for_each_with_its_curve(workspace):
     (run,) = replay.runs(workspace, UNLEARN)
     assert run.fingerprint == UNLEARN.fingerprint
     assert run.tags == {
-        "stage": "unlearn", "dvc.stage": "unlearn@pbmc-nk-ssd", "dataset": "pbmc", "scenario": "nk", "method": "ssd",
+        "stage": "unlearn", "dvc.stage": "unlearn@pbmc-nk", "dataset": "pbmc", "scenario": "nk", "method": "ssd",
     }  # fmt: skip
     # Without the names of data set and method, so that runs of two methods line up in one column.
     assert run.params == {"seed": 42, "model.hidden": [16], "model.latent": 4, "lam": 1.0, "alpha": 10.0}
@@ -94,6 +94,25 @@ def test_runs_of_models_nest_one_run_for_each_with_its_curve(workspace):
     assert seven.tags == {**run.tags, "seed": "7", "fact.guarantee": "none"}
     assert five.tags == {**run.tags, "seed": "5", "failed": "the loss became NaN"}
     assert (five.metrics, five.curves) == ({}, {})
+
+
+def test_runs_of_every_method_are_found_by_the_fingerprint_that_each_left(workspace):
+    """Of one method's part ``dvc.lock`` knows less than the stage did: its record says what it was made from."""
+    item = Item("unlearn", ("pbmc", "nk"))
+    methods = {"scrub": {"epochs": 2}, "ssd": {"alpha": 10.0}}
+    for name in methods:
+        folder = population(workspace, Item("unlearn", (*item.keys, name)), {})
+        record = artifacts.read_json(folder / "result.json")
+        artifacts.write_json(folder / "result.json", {**record, "fingerprint": f"of {name}"})
+    inputs = Inputs(item, CELLS, {"seed": 42, "pipeline.methods": list(methods), "unlearn": methods})
+    scrub, ssd = replay.runs(workspace, inputs)
+    assert (scrub.fingerprint, ssd.fingerprint) == ("of scrub", "of ssd")
+    assert [child.fingerprint for child in ssd.children] == ["of ssd-3", "of ssd-7"]
+    assert ssd.tags == {
+        "stage": "unlearn", "dvc.stage": "unlearn@pbmc-nk", "dataset": "pbmc", "scenario": "nk", "method": "ssd",
+    }  # fmt: skip
+    assert ssd.params == {"seed": 42, "alpha": 10.0}
+    assert scrub.params == {"seed": 42, "epochs": 2}
 
 
 def test_runs_of_models_carry_their_files_and_a_figure(workspace):

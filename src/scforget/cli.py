@@ -17,7 +17,10 @@ from scforget.errors import ScforgetError
 Dataset = Annotated[str, typer.Argument(help="A data set of params.yaml (pipeline.datasets).")]
 Scenario = Annotated[str, typer.Argument(help="A forget request of params.yaml (pipeline.scenarios).")]
 ShadowBlock = Annotated[str, typer.Argument(help="A block of params.yaml (pipeline.shadow_blocks).")]
-Method = Annotated[str, typer.Argument(help="An unlearning method of params.yaml (pipeline.methods).")]
+Method = Annotated[
+    str | None,
+    typer.Argument(help="An unlearning method of params.yaml (pipeline.methods).", show_default="all of them"),
+]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,8 +86,8 @@ def shadows(dataset: Dataset, shadow_block: ShadowBlock) -> None:
 
 
 @app.command(rich_help_panel=PIPELINE)
-def unlearn(dataset: Dataset, scenario: Scenario, method: Method) -> None:
-    """Unlearn the forgotten cells from each original by one method. Resumes after a kill."""
+def unlearn(dataset: Dataset, scenario: Scenario, method: Method = None) -> None:
+    """Unlearn the forgotten cells from each original, by every method or by METHOD alone. Resumes after a kill."""
     from scforget import stages
 
     stages.unlearn(dataset, scenario, method)

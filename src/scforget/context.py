@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from scforget import schema, seeding
 from scforget.artifacts import Workspace
 from scforget.errors import ConfigError, TrackingError
-from scforget.pipeline import Inputs, Item, Pipeline
+from scforget.pipeline import Inputs, Item, Pipeline, dvc_md5
 from scforget.tracking import Store
 
 
@@ -43,6 +43,11 @@ class Context:
         """Folder of the item's small outs."""
         return self.workspace.results(self.item.stage, *self.item.keys)
 
+    def of_method(self, method: str, own: str) -> Context:
+        """One method's part of an item that treats them all; ``own`` is its part of a folder the item depends on."""
+        inputs = self.inputs.of_method(method, {own: dvc_md5(self.workspace.root / own)})
+        return replace(self, inputs=inputs)
+
     @cached_property
     def _store(self) -> Store:
         return Store(self.workspace.root)
@@ -56,12 +61,15 @@ class Context:
         with suppress(TrackingError):  # `track` will say so, when the results are on disk
             _ = self._store
 
-    def track(self) -> None:
-        """Log what the stage left on disk; under DVC a failure is a line, no error: DVC would delete the results."""
+    def track(self, part: Inputs | None = None) -> None:
+        """Log what the stage, or a part of it, left on disk.
+
+        Under DVC a failure is a line, no error: DVC would delete the results.
+        """
         from scforget import replay
 
         try:
-            for run in replay.runs(self.workspace, self.inputs):
+            for run in replay.runs(self.workspace, part or self.inputs):
                 self._store.log(run, "live")
         except TrackingError as error:
             if "DVC_STAGE" not in os.environ:

@@ -24,14 +24,17 @@ _INTERPOLATION = re.compile(r"\$\{([^}]+)\}")
 
 @dataclass(frozen=True)
 class Item:
-    """One unit of work: a stage and the values of its axes, e.g. ``unlearn`` for a data set, scenario and method."""
+    """One unit of work: a stage and the values of its axes, e.g. ``retrain`` for a data set and a scenario.
+
+    Of an item that treats every method (``unlearn``, ``audit``), one method's part is named by a further key.
+    """
 
     stage: str
     keys: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """Name in DVC, e.g. ``unlearn@pbmc68k-cd56_nk-ssd``."""
+        """Name in DVC, e.g. ``retrain@pbmc68k-cd56_nk``."""
         return f"{self.stage}@{'-'.join(self.keys)}" if self.keys else self.stage
 
 
@@ -73,7 +76,8 @@ class Inputs:
         method
             One of ``pipeline.methods``.
         narrowed
-            Hash of the method's own part of a dependency, in place of the whole: ``work/a/ssd`` for ``work/a``.
+            Hash of the method's own part of a dependency, in place of the whole: ``src/scforget/methods/ssd.py`` for
+            ``src/scforget/methods``.
         """
         wider = {path for path in self.deps for own in narrowed if own.startswith(f"{path}/")}
         deps = {path: digest for path, digest in self.deps.items() if path not in wider}

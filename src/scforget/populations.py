@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +78,11 @@ class Population:
         """Identity of one model."""
         return self.context.inputs.model_fingerprint(seed, {})
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the record of the models must say of itself, as ``dvc.lock`` does not."""
+        return {}
+
     def build(self, seed: int, checkpoint: FileCheckpoint) -> Trained:
         """Make one model."""
         own, cells = self.context.seed(seed), self.cells(seed)
@@ -133,6 +138,11 @@ class Unlearned(Population):
         original = loading.own_original(self.context.workspace, self.context.item.keys[0], seed)
         return self.context.inputs.model_fingerprint(seed, original)
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """The run's fingerprint: ``dvc.lock`` knows what all methods together depend on, not one of them."""
+        return {"fingerprint": self.context.inputs.fingerprint}
+
     def build(self, seed: int, checkpoint: FileCheckpoint) -> Trained:
         """Unlearn from one original."""
         original = loading.load_original(self.task, self._originals / f"{seed}.safetensors")
@@ -156,14 +166,16 @@ class Shadows(Population):
         return self.sets.retain[self.members[seed]]
 
 
-def make(population: Population, seeds: Sequence[int]) -> None:
+def make(population: Population, seeds: Sequence[int], meanwhile: Callable[[], None] | None = None) -> None:
     """Make every model on all cores; write models, curves, counts and costs.
 
-    A model that diverges is recorded and the others go on; it is an error when fewer than two are left.
+    A model that diverges is recorded and the others go on; it is an error when fewer than two are left. ``meanwhile``
+    is called while they are made; without it, the context's own :meth:`~scforget.context.Context.warm_up`.
     """
     context = population.context
+    meanwhile = meanwhile or context.warm_up
     with Progress(context.item.name, len(seeds)) as progress:
-        made = dict(zip(seeds, parallel.each(population.make, seeds, progress.advance, context.warm_up), strict=True))
+        made = dict(zip(seeds, parallel.each(population.make, seeds, progress.advance, meanwhile), strict=True))
     failed = {str(seed): record for seed, (_, record) in made.items() if isinstance(record, str)}
     if failed and len(seeds) - len(failed) < 2:
         how_many = f"{len(failed)} of {len(seeds)}"
@@ -177,6 +189,6 @@ def make(population: Population, seeds: Sequence[int]) -> None:
     history = pd.DataFrame(rows, columns=None if rows else ["seed", "epoch"])
     artifacts.write_table(context.results / "history.csv", history)
     metrics = {seed: record["metrics"] for seed, record in records.items()}
-    artifacts.write_json(context.results / "result.json", {"seeds": metrics, "failed": failed})
+    artifacts.write_json(context.results / "result.json", {"seeds": metrics, "failed": failed, **population.identity})
     costs = {seed: record["cost"] for seed, record in records.items()}
     artifacts.write_json(context.results / "cost.json", {"seeds": costs, "machine": machine()})

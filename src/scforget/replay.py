@@ -28,7 +28,8 @@ def tags(item: Item, **more: object) -> dict[str, str]:
     """Tags that say what a run is of."""
     names = ("dataset", "shadow_block") if item.stage == "shadows" else ("dataset", "scenario", "method")
     axes = dict(zip(names, item.keys, strict=False))
-    named = {"stage": item.stage, "dvc.stage": item.name, **axes, **more}
+    stage = Item(item.stage, item.keys[:2])  # one method's part has a third key
+    named = {"stage": item.stage, "dvc.stage": stage.name, **axes, **more}
     return {key: str(value) for key, value in named.items()}
 
 
@@ -108,7 +109,7 @@ def _audited(workspace: Workspace, inputs: Inputs, item: Item, method: str, reco
     dataset, scenario = item.keys
     record = {**record, "cost": results.cost(workspace, dataset, scenario, method)}
     fingerprint = record.get("fingerprint") or f"{inputs.fingerprint}-{method}"
-    common = {**tags(Item("audit", (dataset, scenario, method))), "dvc.stage": item.name}
+    common = {**tags(Item("audit", (dataset, scenario, method))), "dvc.stage": item.name}  # or `reference`
     verdict = {
         "verdict": str(record.get("verdict")),
         "utility_verdict": str(record["utility"].get("verdict")),
@@ -161,6 +162,11 @@ def _audit_runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
     ]
 
 
+def _unlearn_runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
+    parts = [inputs.of_method(name, {}) for name in inputs.params["pipeline.methods"]]
+    return [_population_run(workspace, part.item, part) for part in parts]
+
+
 def _curves(table: pd.DataFrame) -> dict[int, dict[str, float]]:
     rows = table.drop(columns="seed").to_dict("records")
     return {
@@ -178,25 +184,26 @@ def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
     folder = workspace.results(item.stage, *item.keys)
     result, costs = read_json(folder / "result.json"), read_json(folder / "cost.json")
     history = read_table(folder / "history.csv")
+    fingerprint = result.get("fingerprint", inputs.fingerprint)
     children = []
     for seed, row in result["seeds"].items():
         own = history[history["seed"] == int(seed)]
         metrics = _numbers(row, "model/")
         metrics |= _numbers(costs["seeds"].get(seed, {}), "cost/")
         children.append(
-            Run(f"{item.keys[-1]} seed {seed}", f"{inputs.fingerprint}-{seed}", tags(item, seed=seed, **_said(row)),
+            Run(f"{item.keys[-1]} seed {seed}", f"{fingerprint}-{seed}", tags(item, seed=seed, **_said(row)),
                 metrics=metrics, curves=_curves(own))
         )  # fmt: skip
     for seed, why in result["failed"].items():
         failed = tags(item, seed=seed, failed=why)
-        children.append(Run(f"{item.keys[-1]} seed {seed}", f"{inputs.fingerprint}-{seed}", failed))
+        children.append(Run(f"{item.keys[-1]} seed {seed}", f"{fingerprint}-{seed}", failed))
     metrics = {}
     described = [_numbers(row, "model/") for row in result["seeds"].values()]
     for rows in (described, [_numbers(row, "cost/") for row in costs["seeds"].values()]):
         metrics |= {str(key): float(value) for key, value in pd.DataFrame(rows).mean().items()}
     artifacts = _population_artifacts(folder, history, item.name)
     return Run(
-        f"{' '.join(reversed(item.keys))} {item.stage}", inputs.fingerprint, tags(item), _params(inputs),
+        f"{' '.join(reversed(item.keys))} {item.stage}", fingerprint, tags(item), _params(inputs),
         metrics, artifacts=artifacts, dataset=_dataset(inputs, item.stage), children=tuple(children),
     )  # fmt: skip
 
@@ -209,10 +216,9 @@ def _report_artifacts(workspace: Workspace) -> dict[str, bytes]:
 def runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
     """Build the tracked runs of a finished stage item: one for each model population it made or judged."""
     item = inputs.item
-    if item.stage == "reference":
-        return _reference_runs(workspace, inputs)
-    if item.stage == "audit":
-        return _audit_runs(workspace, inputs)
+    several = {"unlearn": _unlearn_runs, "reference": _reference_runs, "audit": _audit_runs}
+    if item.stage in several and len(item.keys) == 2:
+        return several[item.stage](workspace, inputs)
     if item.stage in _POPULATIONS:
         return [_population_run(workspace, item, inputs)]
     if item.stage == "report":

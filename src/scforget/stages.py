@@ -16,6 +16,7 @@ from scforget.context import Context, open_item
 from scforget.data import genes, sources, splits
 from scforget.data import prepare as preparing
 from scforget.data.splits import ForgetSets
+from scforget.errors import ConfigError, TooManyDivergedError
 
 #: Shadow models of a block.
 SHADOWS = 8
@@ -117,12 +118,28 @@ def shadows(dataset: str, shadow_block: str) -> None:
     context.track()
 
 
-def unlearn(dataset: str, scenario: str, method: str) -> None:
-    """Unlearn the forget set from each original once."""
-    context = open_item("unlearn", dataset, scenario, method)
+def unlearn(dataset: str, scenario: str, method: str | None = None) -> None:
+    """Unlearn the forget set from each original once, by every method or by one.
+
+    A method of which too few models are left fails the stage when the others are done.
+    """
+    context = open_item("unlearn", dataset, scenario)
+    methods = context.params.pipeline.methods
+    if method is not None and method not in methods:
+        why = f"{method} is not part of it; it has {', '.join(methods)}"
+        raise ConfigError(context.workspace.root / "params.yaml", "pipeline.methods", why)
     task = loading.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
     sets = loading.load_scenario(context.workspace, dataset, scenario).sets
     made = artifacts.read_json(context.workspace.results("train", dataset) / "result.json")
-    seeds = [int(seed) for seed in made["seeds"]]
-    populations.make(populations.Unlearned(context, task, sets, "retain", method), sorted(seeds))
-    context.track()
+    seeds = sorted(int(seed) for seed in made["seeds"])
+    failed = None
+    for name in methods if method is None else [method]:
+        own = context.of_method(name, f"src/scforget/methods/{name}.py")
+        try:
+            populations.make(populations.Unlearned(own, task, sets, "retain", name), seeds, context.warm_up)
+        except TooManyDivergedError as error:
+            failed = failed or error
+            continue
+        context.track(own.inputs)
+    if failed is not None:
+        raise failed
