@@ -38,7 +38,7 @@ class World:
 
     originals: int = 8
     unlearned: int = 8
-    retrained: int = 24
+    retrained: int = 16
     cell: float = 32.7
     model: float = 1.6
     noise: float = 5.0
