@@ -3,56 +3,65 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-from scforget import artifacts, pictures, replay, results, schema
+from scforget import artifacts, parallel, pictures, replay, results, schema
 from scforget.artifacts import Workspace
 from scforget.errors import ConfigError
 from scforget.pipeline import Pipeline
+from scforget.progress import Progress
 from scforget.report import comparisons, figures, page, tables
 from scforget.report import explain as saying
 from scforget.results import Record
 from scforget.tracking import Store
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _LIBRARIES = ("scforget", "torch", "scanpy", "anndata", "numpy", "scipy", "mlflow", "dvc")
 
 
-def _drawn(
-    workspace: Workspace, dataset: str, scenario: str, audits: dict[str, Record], seed: int
-) -> dict[str, Figure]:
-    """Every figure of a scenario, by file stem."""
+@dataclass(frozen=True)
+class Drawing:
+    """Draws what the report shows of one population; picklable, so that worker processes can share the populations."""
+
+    workspace: Workspace
+    seed: int
+
+    def __call__(self, place: tuple[str, str, str]) -> dict[str, bytes]:
+        """PNG files by stem, of a method (or ``original``, ``retrain``) in a scenario of a data set."""
+        _, scenario, method = place
+        drawn = {f"{name}_{method}": figure for name, figure in pictures.audited(self.workspace, *place).items()}
+        drawn[f"umap_{method}"] = pictures.umap(self.workspace, *place, self.seed)
+        folder = self.workspace.results(*results.models_stage(*place))
+        history = artifacts.read_table(folder / "history.csv")
+        if len(history):
+            drawn[f"training_curves_{method}"] = figures.training_curves(history, f"{scenario}, {method}")
+        return {stem: figures.png_bytes(figure) for stem, figure in drawn.items()}
+
+
+def _compared(audits: dict[str, Record]) -> dict[str, bytes]:
+    """The pictures that all methods share."""
     drawn = {
         "distance_to_target": comparisons.distance_to_target(audits),
         "cost_against_trace": comparisons.cost_against_trace(audits),
         "attack_grid": comparisons.attack_grid(audits),
     }
-    for method in audits:
-        for name, figure in pictures.audited(workspace, dataset, scenario, method).items():
-            drawn[f"{name}_{method}"] = figure
-        drawn[f"umap_{method}"] = pictures.umap(workspace, dataset, scenario, method, seed)
-        folder = workspace.results(*results.models_stage(dataset, scenario, method))
-        history = artifacts.read_table(folder / "history.csv")
-        if len(history):
-            drawn[f"training_curves_{method}"] = figures.training_curves(history, f"{scenario}, {method}")
-    return drawn
+    return {stem: figures.png_bytes(figure) for stem, figure in drawn.items()}
 
 
-def _scenario(workspace: Workspace, params: schema.Params, dataset: str, scenario: str) -> dict[str, Any]:
+def _scenario(
+    workspace: Workspace, params: schema.Params, place: tuple[str, str], audits: dict[str, Record],
+    pictured: dict[str, bytes],
+) -> dict[str, Any]:  # fmt: skip
     """Write tables and figures of one scenario; return what the page shows of it."""
-    audits = results.audits(workspace, dataset, scenario, params.pipeline.methods)
+    dataset, scenario = place
     table = tables.scenario_table(audits)
     name = f"{dataset}-{scenario}"
     artifacts.write_bytes(workspace.report / "tables" / f"{name}.csv", tables.to_csv(table).encode())
     artifacts.write_bytes(workspace.report / "tables" / f"{name}.md", tables.to_markdown(table).encode())
-    drawn = _drawn(workspace, dataset, scenario, audits, params.seed)
-    pictured = {stem: figures.png_bytes(figure) for stem, figure in drawn.items()}
     for stem, content in pictured.items():
         artifacts.write_bytes(workspace.report / "figures" / name / f"{stem}.png", content)
     request = params.datasets[dataset].scenarios[scenario]
@@ -90,11 +99,20 @@ def report() -> None:
     """Write ``report/``: summary.json, a table and figures for each scenario, and report.html."""
     root = Path.cwd()
     params, workspace, pipeline = schema.load(root / "params.yaml"), Workspace(root), Pipeline(root)
-    scenarios = {
-        f"{dataset}/{scenario}": _scenario(workspace, params, dataset, scenario)
+    audits = {
+        (dataset, scenario): results.audits(workspace, dataset, scenario, params.pipeline.methods)
         for dataset in params.pipeline.datasets
         for scenario in params.pipeline.scenarios
     }
+    places = [(*place, method) for place, found in audits.items() for method in found]
+    with Progress("report", len(places), "populations") as progress:
+        drawn = dict(zip(places, parallel.each(Drawing(workspace, params.seed), places, progress.advance), strict=True))
+    scenarios = {}
+    for place, found in audits.items():
+        pictured = _compared(found)
+        for method in found:
+            pictured |= drawn[*place, method]
+        scenarios["/".join(place)] = _scenario(workspace, params, place, found, pictured)
     summary = tables.summary({name: scenario["audits"] for name, scenario in scenarios.items()})
     artifacts.write_json(workspace.report / "summary.json", summary)
     html = page.render(list(scenarios.values()), _provenance(workspace, pipeline, params))

@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Counts finished models of a stage item.
+    """Counts finished models, or other work, of a stage item.
 
     Parameters
     ----------
@@ -20,10 +20,12 @@ class Progress:
         Of the stage item.
     total
         Number of models.
+    what
+        What is counted, if not models.
     """
 
-    def __init__(self, name: str, total: int) -> None:
-        self._name, self._total, self._done = name, total, 0
+    def __init__(self, name: str, total: int, what: str = "models") -> None:
+        self._name, self._total, self._what, self._done = name, total, what, 0
         self._started = time.perf_counter()
         console = Console(stderr=True)
         self._bar: Bar | None = None
@@ -44,7 +46,7 @@ class Progress:
             self._bar.stop()
         elif kind is None:
             seconds = time.perf_counter() - self._started
-            print(f"{self._name}: {self._done} of {self._total} models in {seconds:.1f} s", file=sys.stderr)
+            print(f"{self._name}: {self._done} of {self._total} {self._what} in {seconds:.1f} s", file=sys.stderr)
 
     def advance(self) -> None:
         """Count a finished model."""
