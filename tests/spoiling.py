@@ -1,19 +1,24 @@
-"""How the tests of bad input cut a project down, and spoil it."""
+"""How tests of the stages cut a project down, run its first stages, and spoil it."""
 
 from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from anndata import AnnData, read_h5ad
 from ruamel.yaml import YAML
 from scipy import sparse
 
 from scforget import artifacts
+from scforget.context import Context
+from scforget.data.synthetic import PRESETS, simulate
 
 ROOT = Path(__file__).parents[1]
 RAW = "data/tiny/tiny.h5ad"
@@ -34,6 +39,28 @@ def shrink(params: Any) -> None:
     }  # fmt: skip
     params["train"]["seeds"], params["retrain"]["seeds"] = [0, 1], [0, 1, 2]
     params["audit"].update(bootstrap_draws=50, null_draws=200)
+
+
+def tiny_project(root: Path) -> None:
+    """Lay out a project of raw cells and settings: nothing is made yet."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, root)
+    (root / "src").symlink_to(ROOT / "src")
+    edit(root, shrink)
+    (root / RAW).parent.mkdir(parents=True)
+    simulate(PRESETS["tiny"], seed=0).write_h5ad(root / RAW)
+
+
+@contextmanager
+def stages_in(root: Path) -> Iterator[None]:
+    """Run stages there in one process, without MLflow."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("SCFORGET_WORKERS", "1")
+        patch.setattr(Context, "track", lambda *_: None)
+        yield
+    torch.set_num_threads(threads)
 
 
 def edit(root: Path, change: Callable[[Any], None]) -> None:

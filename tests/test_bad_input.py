@@ -12,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from scforget import cli, config, schema, stages
-from scforget.context import Context
-from scforget.data.synthetic import PRESETS, simulate
 from scforget.pipeline import Item, Pipeline
 from spoiling import (
     CELLS,
@@ -24,15 +21,15 @@ from spoiling import (
     block,
     both,
     counts,
-    edit,
     entry,
     of_tiny,
     only_unseen,
     put,
     remove,
     scenario,
-    shrink,
+    stages_in,
     text,
+    tiny_project,
     twins,
     write,
 )
@@ -44,23 +41,13 @@ ROOT = Path(__file__).parents[1]
 def made(tmp_path_factory) -> Path:
     """A project whose models are made: prepared, split, trained, retrained, shadowed."""
     root = tmp_path_factory.mktemp("made")
-    shutil.copy(ROOT / "params.yaml", root)
-    shutil.copy(ROOT / "dvc.yaml", root)
-    (root / "src").symlink_to(ROOT / "src")
-    edit(root, shrink)
-    (root / RAW).parent.mkdir(parents=True)
-    simulate(PRESETS["tiny"], seed=0).write_h5ad(root / RAW)
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("SCFORGET_WORKERS", "1")
-        patch.setattr(Context, "track", lambda _: None)
+    tiny_project(root)
+    with stages_in(root):
         stages.prepare("tiny")
         stages.split("tiny")
         stages.train("tiny")
         stages.retrain("tiny", "half")
         stages.shadows("tiny", "0")
-    torch.set_num_threads(threads)
     return root
 
 

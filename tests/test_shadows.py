@@ -14,12 +14,11 @@ from scforget import artifacts, loading, populations, schema, seeding, stages
 from scforget.artifacts import Arrays, FileCheckpoint, Workspace
 from scforget.context import Context
 from scforget.data.splits import CellSets
-from scforget.data.synthetic import PRESETS, simulate
 from scforget.errors import NonFiniteError
 from scforget.pipeline import Item, Pipeline
 from scforget.tasks import VaeTask
 from scforget.training import Trained, fit
-from spoiling import RAW, edit, of_tiny, put, shrink
+from spoiling import of_tiny, put, stages_in, tiny_project
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("work/shadows/tiny", "results/shadows/tiny")
@@ -71,17 +70,9 @@ def fingerprint(root: Path) -> str:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("shadows")
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, root)
-    (root / "src").symlink_to(ROOT / "src")
-    edit(root, shrink)
+    tiny_project(root)
     of_tiny("split", "fractions", value=FRACTIONS)(root)
-    (root / RAW).parent.mkdir(parents=True)
-    simulate(PRESETS["tiny"], seed=0).write_h5ad(root / RAW)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("SCFORGET_WORKERS", "1")
-        patch.setattr(Context, "track", lambda _: None)
+    with stages_in(root):
         stages.prepare("tiny")
         stages.split("tiny")
         stages.shadows("tiny", "0")

@@ -10,11 +10,10 @@ import pytest
 
 from scforget import context, stages
 from scforget.artifacts import Workspace
-from scforget.data.synthetic import PRESETS, simulate
 from scforget.errors import ConfigError, NonFiniteError, TooManyDivergedError
 from scforget.methods import METHODS
 from scforget.pipeline import Inputs
-from spoiling import RAW, edit, put, shrink
+from spoiling import put, stages_in, tiny_project
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["ssd", "partial_reset"]
@@ -24,16 +23,8 @@ NAMES = ["ssd", "partial_reset"]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny project with its originals."""
     root = tmp_path_factory.mktemp("unlearn")
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, root)
-    (root / "src").symlink_to(ROOT / "src")
-    edit(root, shrink)
-    (root / RAW).parent.mkdir(parents=True)
-    simulate(PRESETS["tiny"], seed=0).write_h5ad(root / RAW)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setattr(context.Context, "track", lambda _: None)
-        patch.setenv("SCFORGET_WORKERS", "1")
+    tiny_project(root)
+    with stages_in(root):
         for stage in (stages.prepare, stages.split, stages.train):
             stage("tiny")
     return root
