@@ -7,7 +7,7 @@ import re
 import pytest
 
 from scforget.report import tables
-from scforget.report.explain import explain
+from scforget.report.explain import dissent, explain
 
 QUESTION = "pbmc68k / cd56_nk: forget 14 cells (kind cluster, cluster CD56+ NK)"
 
@@ -172,3 +172,23 @@ def test_explain_of_an_empty_audit_says_that_nothing_was_judged():
         "  The single-cell paper's own criterion is not known; it decides nothing here."
     )
     assert explain({}, "Q") == "Q\n="
+
+
+@pytest.mark.parametrize(("verdict", "p", "says"), [
+    ("FORGOTTEN", 0.006, True), ("FORGOTTEN", 0.05, False), ("FORGOTTEN", None, False), ("UNDETERMINED", 0.006, False),
+])  # fmt: skip
+def test_dissent_is_voiced_where_an_attack_finds_cells_that_are_called_forgotten(audits, verdict, p, says):
+    worst = {"name": "likelihood_ratio", "auc": 0.632, "p_adjusted": p}
+    audits["partial_reset"].update(verdict=verdict, worst_attack={"worst": worst})
+    expected = (
+        "One attack disagrees: likelihood_ratio still finds these cells (AUC 0.632, p = 0.0060). The verdict holds "
+        "means against margins; single cells show more."
+    )
+    assert dissent(audits["partial_reset"]) == (expected if says else None)
+    assert line(audits, "partial_reset", "One attack disagrees") == (expected if says else None)
+
+
+def test_dissent_is_silent_without_attacks(audits):
+    audits["partial_reset"].update(verdict="FORGOTTEN")
+    audits["partial_reset"].pop("worst_attack", None)
+    assert dissent(audits["partial_reset"]) is None

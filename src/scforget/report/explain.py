@@ -9,6 +9,7 @@ _WHAT = {
     "membership": ("Membership", "are these very cells remembered?", 3),
     "trace": ("Trace", "is anything of them left, the knowledge of their kind included?", 2),
 }
+_SIGNIFICANT = 0.05
 _SIDES = {
     "inside": "inside",
     "undecided": "neither inside nor outside",
@@ -50,6 +51,18 @@ def _strongest(audit: Audit, audits: Audits) -> str | None:
     )
 
 
+def dissent(audit: Audit) -> str | None:
+    """Say so where cells are called forgotten and an attack finds them all the same, corrected p below 5 %."""
+    worst = dig(audit, "worst_attack", "worst")
+    if dig(audit, "verdict") != "FORGOTTEN" or not value(worst, "p_adjusted") < _SIGNIFICANT:
+        return None
+    return (
+        f"One attack disagrees: {dig(worst, 'name')} still finds these cells (AUC {number(value(worst, 'auc'), 3)}, "
+        f"p = {number(value(worst, 'p_adjusted'), 4)}). The verdict holds means against margins; single cells show "
+        "more."
+    )
+
+
 def _cells(audit: Audit) -> str | None:
     found = evidence_tables.exposed(audit)
     if found is None:
@@ -87,6 +100,7 @@ def explain(audits: Audits, question: str) -> str:
             _statistic(audit, "membership"),
             _statistic(audit, "trace"),
             _strongest(audit, audits),
+            dissent(audit),
             _cells(audit),
             f"Utility {_UTILITY.get(str(utility), 'not judged')}.",
             f"The single-cell paper's own criterion is {published}; it decides nothing here.",

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from scforget.report import details, evidence_tables
+from scforget.report import details, evidence_tables, explain
 from scforget.report.details import words
 from scforget.report.tables import (
     DASH,
@@ -225,6 +225,7 @@ def _card(method: str, audits: Audits) -> dict[str, Any]:
         "method": method,
         "look": seen,
         "explanation": words(dig(audit, "explanation")),
+        "dissent": explain.dissent(audit),
         "facts": facts,
         "notes": notes,
         "reference": method in REFERENCES,
