@@ -6,7 +6,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
 
-.PHONY: help repro test ui clean
+.PHONY: help repro test bench ui clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,13 @@ test: $(BIN)/.installed-dev ## lint, types, layers, tests
 	mypy
 	lint-imports
 	pytest --numprocesses 2 --dist loadgroup
+
+$(BIN)/.installed-bench: $(BIN)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
+bench: $(BIN)/.installed-bench ## speed and memory against plain torch, scvi-tools and Opacus (LONG=1: to convergence too)
+	python -m bench.engine $(if $(LONG),--long)
 
 ui: $(BIN)/.installed ## MLflow on http://127.0.0.1:$(PORT)
 	scforget ui --port $(PORT)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scforget import fisher, seeding
 from scforget.arrays import IntArray
@@ -119,3 +120,51 @@ def test_diagonal_draws_from_its_seed_alone(task: VaeTask) -> None:
 def test_diagonal_refuses_no_cells(task: VaeTask) -> None:
     with pytest.raises(EmptyGroupError, match="0 cells"):
         fisher.diagonal(task.new_model(0), task, CELLS[:0], draws=1, seed=0)
+
+
+class Labelled(NamedTuple):
+    images: Tensor
+    labels: Tensor
+
+
+def classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(),
+        nn.Linear(36, 5),
+    )  # fmt: skip
+    model[1].running_mean.normal_()
+    return model.eval()
+
+
+def test_mean_squares_of_a_classifier_equal_a_loop_over_images() -> None:
+    model = classifier()
+    images, labels = torch.randn(9, 3, 6, 6), torch.arange(9) % 5
+
+    def losses(batch: Labelled) -> Tensor:
+        return nn.functional.cross_entropy(model(batch.images), batch.labels, reduction="none")
+
+    batches = [Labelled(images[part], labels[part]) for part in (slice(0, 4), slice(4, 4), slice(4, 9))]
+    found = fisher.mean_squares(model, losses, batches)
+    rows = [
+        torch.autograd.grad(losses(Labelled(images[i : i + 1], labels[i : i + 1])).sum(), list(model.parameters()))
+        for i in range(9)
+    ]
+    names = [name for name, _ in model.named_parameters()]
+    columns = (torch.stack(column) for column in zip(*rows, strict=True))
+    assert_equal(found, {name: c.double().square().mean(0) for name, c in zip(names, columns, strict=True)})
+
+
+def test_mean_squares_of_a_frozen_parameter_are_0() -> None:
+    model = classifier()
+    model[0].weight.requires_grad_(False)
+    found = fisher.mean_squares(model, lambda images: model(images).sum(1), [torch.randn(4, 3, 6, 6)])
+    assert {name for name, value in found.items() if not value.any()} == {"0.weight"}
+    assert not any(value.requires_grad for value in found.values())
+
+
+def test_mean_squares_refuse_no_example() -> None:
+    model = classifier()
+    for batches in ([], [torch.zeros(0, 3, 6, 6)]):
+        with pytest.raises(EmptyGroupError, match="Fisher information: found 0 cells"):
+            fisher.mean_squares(model, lambda images: model(images).sum(1), batches)

@@ -14,7 +14,7 @@ from dp_accounting.rdp import RdpAccountant
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
-from scforget import private
+from scforget import gaussian, private
 from scforget.arrays import IntArray
 from scforget.errors import DataError, NonFiniteError
 from scforget.models.vae import VAE
@@ -131,11 +131,11 @@ def mechanism(**changes: float) -> Mechanism:
 
 
 def private_steps(task: VaeTask, model: VAE, optimiser: torch.optim.Optimizer, **changes: float) -> None:
-    gaussian, effort = torch.Generator().manual_seed(8), Effort()
+    source, effort = torch.Generator().manual_seed(8), Effort()
     for seed in range(3):
         private.step(
             model, optimiser, dict(model.named_parameters()), losses(task, model, seed=seed),
-            mechanism=mechanism(**changes), gaussian=gaussian, effort=effort,
+            mechanism=mechanism(**changes), source=source, effort=effort,
         )  # fmt: skip
     assert effort.steps == 3
 
@@ -163,7 +163,7 @@ def test_step_adds_noise_of_the_right_size_to_the_sum(task: VaeTask) -> None:
         private.step(
             model, torch.optim.SGD(model.parameters(), lr=1.0), dict(model.named_parameters()), losses(task, model),
             mechanism=mechanism(clip=0.5, noise_multiplier=sigma, expected=10), effort=Effort(),
-            gaussian=torch.Generator().manual_seed(8),
+            source=torch.Generator().manual_seed(8),
         )  # fmt: skip
     pairs = zip(quiet.parameters(), noisy.parameters(), strict=True)
     noise = torch.cat([(other - one).detach().ravel() for one, other in pairs]).double()
@@ -175,11 +175,13 @@ def test_step_of_an_empty_batch_is_pure_noise(task: VaeTask) -> None:
     model, noise = task.new_model(3), torch.Generator().manual_seed(8)
     private.step(
         model, torch.optim.SGD(model.parameters(), lr=1.0), dict(model.named_parameters()), None,
-        mechanism=mechanism(clip=2.0, noise_multiplier=0.5), gaussian=torch.Generator().manual_seed(8), effort=Effort(),
+        mechanism=mechanism(clip=2.0, noise_multiplier=0.5), source=torch.Generator().manual_seed(8), effort=Effort(),
     )  # fmt: skip
-    for name, before in task.new_model(3).named_parameters():
-        wanted = before - torch.randn(before.shape, generator=noise) / 7
-        torch.testing.assert_close(model.get_parameter(name), wanted)
+    before = task.new_model(3)
+    wanted = [torch.zeros_like(value, requires_grad=False) for value in before.parameters()]
+    gaussian.privatise(wanted, noise, 2.0 * 0.5, 7)
+    for (name, value), step in zip(before.named_parameters(), wanted, strict=True):
+        torch.testing.assert_close(model.get_parameter(name), value - step)
 
 
 def test_step_names_what_became_nan(task: VaeTask) -> None:
@@ -198,7 +200,7 @@ def test_step_names_what_became_nan(task: VaeTask) -> None:
         with pytest.raises(NonFiniteError, match=wanted):
             private.step(
                 model, torch.optim.SGD(model.parameters(), lr=1.0), dict(model.named_parameters()), found,
-                mechanism=mechanism(), gaussian=torch.Generator(), effort=Effort(),
+                mechanism=mechanism(), source=torch.Generator(), effort=Effort(),
             )  # fmt: skip
 
 
@@ -213,8 +215,9 @@ def test_train_epoch_leaves_no_weight_nan_unseen(task: VaeTask) -> None:
         )  # fmt: skip
 
 
-def test_poisson_draws_each_cell_on_its_own() -> None:
-    cells, noise = np.arange(100, 120), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("make", [lambda: torch.Generator().manual_seed(0), gaussian.Secure])
+def test_poisson_draws_each_cell_on_its_own(make: Callable[[], gaussian.Source]) -> None:
+    cells, noise = np.arange(100, 120), make()
     drawn = [private.poisson(cells, 0.1, noise) for _ in range(4000)]
     counts = np.array([np.isin(cells, part) for part in drawn])
     np.testing.assert_allclose(counts.mean(0), 0.1, atol=4 * math.sqrt(0.09 / 4000))

@@ -181,7 +181,7 @@ def read_cells(path: Path) -> AnnData:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors (no code on loading, the same bytes for the same values)."""
-    plain = {name: tensors[name].detach().contiguous().clone() for name in sorted(tensors)}
+    plain = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     write_bytes(path, save(plain, dict(note) if note else None))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from scforget import schema, seeding
+from scforget import engine, schema, seeding
 from scforget.artifacts import Workspace
 from scforget.errors import ConfigError, TrackingError
 from scforget.pipeline import Inputs, Item, Pipeline, dvc_md5
@@ -87,4 +87,5 @@ def open_item(stage: str, *keys: str) -> Context:
         names = ", ".join(" ".join(other.keys) for other in known)
         why = f"{stage} {' '.join(keys)} is not part of it; it has {names}"
         raise ConfigError(root / "params.yaml", "pipeline", why)
+    engine.start(params.compute, params.datasets[keys[0]].largest_product)
     return Context(Workspace(root), params, pipeline.inputs(item))

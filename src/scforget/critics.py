@@ -139,7 +139,7 @@ def auc(members: Tensor, others: Tensor) -> float:
     labels = np.repeat([1, 0], [len(members), len(others)])
     from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(labels, torch.cat([members, others]).numpy()))
+    return float(roc_auc_score(labels, torch.cat([members, others]).cpu().numpy()))
 
 
 def draw(cells: IntArray, size: int, noise: torch.Generator) -> IntArray:
@@ -186,7 +186,7 @@ def new_critics(settings: CriticSettings, mean: Tensor, sd: Tensor, *, seed: int
     for view in list(COLUMNS)[: settings.number]:
         with seeding.scope(seed, "critic", view):
             members.append(Critic(view, mean, sd, settings.hidden, settings.dropout))
-    return Critics(members)
+    return Critics(members).to(mean.device)
 
 
 def train(
@@ -259,7 +259,7 @@ def published_critics(
         effort.count("forget", len(forget), backward=0)
         effort.count("retain", len(others), backward=0)
         width = forget.shape[1]
-        critics = new_critics(settings, torch.zeros(width), torch.ones(width), seed=seed)
+        critics = new_critics(settings, forget.new_zeros(width), forget.new_ones(width), seed=seed)
         train(
             critics, forget, others, effort, learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay, steps=settings.steps, loss=plain_bce,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
-from scforget import seeding
+from scforget import engine, seeding
 from scforget.arrays import IntArray
 from scforget.errors import EmptyGroupError, NonFiniteError
 from scforget.models.likelihoods import LOG_INVERSE_DISPERSION_LIMIT, nb_log_prob, zinb_log_prob
@@ -64,7 +64,7 @@ class ConjugateGradients(nn.Module):
         self.register_buffer("remainder", b.clone())
         self.register_buffer("direction", b.clone())
         self.register_buffer("norm", b.norm())
-        self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("taken", torch.zeros((), dtype=torch.int64, device=b.device))
 
     @property
     def residual(self) -> float:
@@ -319,7 +319,7 @@ class GaussNewton:
         tangents = dict(zip(values, unflatten(vector, self._network), strict=True))
         totals = {name: torch.zeros_like(value) for name, value in values.items()}
         for batch, noise in self._parts():
-            eps = torch.randn(len(batch.inputs), self._task.settings.latent, generator=noise)
+            eps = engine.normal((len(batch.inputs), self._task.settings.latent), noise)
             for name, value in self._one(batch, eps, values, tangents).items():
                 totals[name] += value
         return self._mean(totals.values(), forward=2)

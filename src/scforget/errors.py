@@ -74,13 +74,13 @@ class TooManyDivergedError(NonFiniteError):
 
 
 class WorkerError(ScforgetError):
-    """A worker process was killed from outside."""
+    """Worker processes are killed from outside whatever is done; ``advice`` says what leaves more memory to each."""
 
     exit_code = 3
 
-    def __init__(self) -> None:
-        why = "a worker process was killed, mostly for lack of memory"
-        super().__init__(f"{why}; set SCFORGET_WORKERS=1 and run again: finished models are kept")
+    def __init__(self, advice: str = "set SCFORGET_WORKERS=1") -> None:
+        why = "a worker process was killed, and so were those that replaced it, mostly for lack of memory"
+        super().__init__(f"{why}; {advice} and run again: finished models are kept")
 
 
 class ArtifactError(ScforgetError):

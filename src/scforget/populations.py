@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from scforget import artifacts, loading, parallel
+from scforget import artifacts, engine, loading, parallel
 from scforget.arrays import BoolArray, IntArray
 from scforget.artifacts import FileCheckpoint
 from scforget.context import Context
@@ -35,8 +35,10 @@ def _peak_memory_mb() -> float:
 
 def machine() -> Record:
     """What the timings were measured on."""
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "python": platform.python_version(), "torch": torch.__version__}  # fmt: skip
+    return {
+        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "python": platform.python_version(), "torch": torch.__version__, "numerics": str(engine.current()),
+    }  # fmt: skip
 
 
 def _training_summary(trained: Trained) -> Record:
@@ -76,7 +78,7 @@ class Population:
 
     def fingerprint(self, seed: int) -> str:
         """Identity of one model."""
-        return self.context.inputs.model_fingerprint(seed, {})
+        return self.context.inputs.model_fingerprint(seed, {"numerics": str(engine.current())})
 
     @property
     def identity(self) -> dict[str, str]:
@@ -136,7 +138,7 @@ class Unlearned(Population):
     def fingerprint(self, seed: int) -> str:
         """Identity of one model: of all originals, only its own matters."""
         original = loading.own_original(self.context.workspace, self.context.item.keys[0], seed)
-        return self.context.inputs.model_fingerprint(seed, original)
+        return self.context.inputs.model_fingerprint(seed, {**original, "numerics": str(engine.current())})
 
     @property
     def identity(self) -> dict[str, str]:

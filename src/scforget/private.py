@@ -3,8 +3,7 @@
 Opacus supplies the accountant, and in the tests the reference; the gradients are not its own. It keeps one gradient
 per cell and parameter, 7.5 GB for a batch of 256 cells at the published size, where a layer's input and output
 gradient hold all that clipping needs: the norm of each cell's gradient in closed form, and the clipped sum as one
-matrix product. That costs about as much memory and time as plain training, and :class:`~scforget.models.vae.PerGene`
-needs no sampler of its own.
+matrix product (:mod:`scforget.percell`). That costs about as much memory and time as plain training.
 """
 
 from __future__ import annotations
@@ -14,18 +13,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 from torch.optim import Optimizer
 
+from scforget import percell
 from scforget.arrays import IntArray
 from scforget.errors import DataError, NonFiniteError
-from scforget.models.vae import VAE, PerGene
+from scforget.models.vae import VAE
 from scforget.tasks import VaeTask
 from scforget.training import Effort, Epoch
+
+if TYPE_CHECKING:  # it brings a compiler, and private is imported where nothing is trained
+    from scforget.gaussian import Source
 
 #: Rényi orders: the accountant's own, and some beyond for small ε.
 ORDERS: list[float] = [1 + x / 10 for x in range(1, 100)] + [*range(12, 64), 64, 96, 128, 192, 256, 512, 1024]
@@ -128,65 +130,11 @@ def group_guarantee(epsilon: float, delta: float, size: int) -> tuple[float, flo
     return size * epsilon, math.exp(min(0.0, math.log(delta) + log_sum))
 
 
-def poisson(cells: IntArray, rate: float, noise: torch.Generator) -> IntArray:
+def poisson(cells: IntArray, rate: float, source: Source) -> IntArray:
     """Draw a batch that each cell joins independently with probability ``rate``; it may be empty."""
-    chosen = torch.rand(len(cells), generator=noise, dtype=torch.float64) < rate
-    return cells[chosen.numpy()]
+    from scforget import gaussian
 
-
-class _Layer(NamedTuple):
-    """A layer with parameters, what came in, and what came out: ``[B, …]`` each."""
-
-    name: str
-    module: nn.Module
-    inputs: Tensor
-    output: Tensor
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[list[_Layer]]:
-    found: list[_Layer] = []
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
-            found.append(_Layer(name, module, arguments[0].detach(), output))
-
-        return hook
-
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.LayerNorm | PerGene)]
-    handles = [module.register_forward_hook(watch(name)) for name, module in layers]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _normalised(module: nn.LayerNorm, inputs: Tensor) -> Tensor:
-    return layer_norm(inputs, module.normalized_shape, None, None, module.eps)
-
-
-def _squared_norms(module: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
-    """``[B]``: squared norm of each cell's gradient in one layer's parameters.
-
-    A Linear layer's is the outer product g aᵀ, with norm ‖g‖·‖a‖; LayerNorm and biases are elementwise.
-    """
-    squared = gradient.square()
-    if isinstance(module, nn.Linear):
-        return squared.sum(-1) * (inputs.square().sum(-1) + 1)
-    if isinstance(module, nn.LayerNorm):
-        return (squared * (_normalised(module, inputs).square() + 1)).sum(-1)
-    return squared.sum(-1)
-
-
-def _sums(module: nn.Module, inputs: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-    """Sum over the batch of each parameter's gradient, from output gradients that may have been rescaled."""
-    sums = {"bias": gradient.sum(0)}
-    if isinstance(module, nn.Linear):
-        sums["weight"] = gradient.T @ inputs
-    elif isinstance(module, nn.LayerNorm):
-        sums["weight"] = (gradient * _normalised(module, inputs)).sum(0)
-    return sums
+    return cells[gaussian.uniform(len(cells), source) < rate]
 
 
 def clipped_sums(
@@ -199,8 +147,7 @@ def clipped_sums(
     parameters
         The parameters to differentiate in, by name; the norm is over these alone.
     losses
-        Runs the model, each layer at most once, and returns every cell's loss, ``[B]``; no cell's may depend on
-        another's.
+        Returns every cell's loss, ``[B]``; what it may do, and what is refused, says :func:`scforget.percell.trace`.
     clip
         C > 0; infinite: no clipping.
 
@@ -214,29 +161,18 @@ def clipped_sums(
     Σ_i g_i·min(1, C/‖g_i‖), Abadi et al. 2016 (Algorithm 1). What each cell's gradient is scaled by, its output
     gradients in every layer may be scaled by, as it is linear in them.
     """
-    with _watched(model) as layers:
-        total = losses()
-    layers = [layer for layer in layers if f"{layer.name}.bias" in parameters]
-    outputs = [layer.output for layer in layers]
-    # the dispersion of log_mse is without a gradient
-    gradients = torch.autograd.grad(total.sum(), outputs, allow_unused=True, materialize_grads=True)
-    pairs = list(zip(layers, gradients, strict=True))
-    squares = [_squared_norms(layer.module, layer.inputs, gradient) for layer, gradient in pairs]
-    norms = torch.stack(squares).sum(0).sqrt()
-    factor = (clip / norms).clamp(max=1)[:, None]
-    sums = {
-        f"{layer.name}.{parameter}": value
-        for layer, gradient in pairs
-        for parameter, value in _sums(layer.module, layer.inputs, factor * gradient).items()
-    }
-    if missing := parameters.keys() - sums.keys():
-        raise TypeError(f"parameters outside the layers whose gradients are clipped: {sorted(missing)}")
-    return sums, total.detach(), norms
+    traces, total = percell.trace(model, losses, parameters)
+    norms = percell.squared_norms(traces, total).sqrt()
+    factors = (clip / norms).clamp(max=1)
+    sums = {name: value for one in traces for name, value in one.sums(factors).items()}
+    # no gradient arrives at the dispersion of log_mse
+    dead = {name: torch.zeros_like(parameters[name], requires_grad=False) for name in parameters.keys() - sums.keys()}
+    return sums | dead, total, norms
 
 
 def step(
     model: nn.Module, optimiser: Optimizer, parameters: Mapping[str, nn.Parameter],
-    losses: Callable[[], Tensor] | None, *, mechanism: Mechanism, gaussian: torch.Generator, effort: Effort,
+    losses: Callable[[], Tensor] | None, *, mechanism: Mechanism, source: Source, effort: Effort,
 ) -> float:  # fmt: skip
     """Take one optimiser step along the privatised gradient.
 
@@ -246,8 +182,9 @@ def step(
         Over ``parameters``; it only sees the privatised gradient, so any will do.
     losses
         See :func:`clipped_sums`; ``None`` for an empty batch, a step of pure noise.
-    gaussian
-        Stream of the noise. It is seeded, not drawn from a secure source: whoever knows the seed can take it away.
+    source
+        Of the noise. Whoever knows a generator's seed can take the noise away; nobody can with
+        :class:`scforget.gaussian.Secure`.
 
     Returns
     -------
@@ -263,19 +200,19 @@ def step(
     -----
     (Σ_i clip_C(g_i) + N(0, (σC)²))/expected batch size, Abadi et al. 2016 (Algorithm 1).
     """
-    sums, total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}, 0.0
+    from scforget.gaussian import privatise
+
+    sums, total = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}, 0.0
     if losses is not None:
         sums, each, norms = clipped_sums(model, parameters, losses, mechanism.clip)
         for name, values in (("the loss", each), ("a cell's gradient", norms)):
             if not torch.isfinite(values).all():
                 raise NonFiniteError(effort.steps, name)
         total = float(each.double().sum())
+    std = mechanism.noise_multiplier * mechanism.clip if mechanism.noise_multiplier else 0.0
+    privatise([sums[name] for name in parameters], source, std, mechanism.expected)
     for name, parameter in parameters.items():
-        gradient = sums[name]
-        if mechanism.noise_multiplier:
-            scale = mechanism.noise_multiplier * mechanism.clip
-            gradient = gradient + scale * torch.randn(parameter.shape, generator=gaussian)
-        parameter.grad = gradient / mechanism.expected
+        parameter.grad = sums[name]
     optimiser.step()
     effort.steps += 1
     return total
@@ -283,9 +220,16 @@ def step(
 
 def train_epoch(  # noqa: PLR0917
     model: VAE, task: VaeTask, cells: IntArray, mechanism: Mechanism, optimiser: Optimizer,
-    parameters: Mapping[str, nn.Parameter], noise: torch.Generator, gaussian: torch.Generator, effort: Effort,
+    parameters: Mapping[str, nn.Parameter], noise: torch.Generator, source: Source, effort: Effort,
 ) -> Epoch:  # fmt: skip
     """Take ``mechanism.steps`` private steps on Poisson batches of the retained cells.
+
+    Parameters
+    ----------
+    noise
+        Stream of the latent draws, and of the Poisson batches unless these are to be secure.
+    source
+        Of the noise on gradients, and of the batches where it is secure.
 
     Returns
     -------
@@ -300,14 +244,14 @@ def train_epoch(  # noqa: PLR0917
     model.train()
     total, drawn = 0.0, 0
     for _ in range(mechanism.steps):
-        part = poisson(cells, mechanism.rate, noise)
+        part = poisson(cells, mechanism.rate, noise if isinstance(source, torch.Generator) else source)
 
         def losses(part: IntArray = part) -> Tensor:
             return task.loss(model, task.batch(part), noise).total
 
         total += step(
             model, optimiser, parameters, losses if len(part) else None,
-            mechanism=mechanism, gaussian=gaussian, effort=effort,
+            mechanism=mechanism, source=source, effort=effort,
         )  # fmt: skip
         effort.count("retain", len(part))
         drawn += len(part)

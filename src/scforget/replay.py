@@ -202,8 +202,9 @@ def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
     for rows in (described, [_numbers(row, "cost/") for row in costs["seeds"].values()]):
         metrics |= {str(key): float(value) for key, value in pd.DataFrame(rows).mean().items()}
     artifacts = _population_artifacts(folder, history, item.name)
+    made_by = tags(item, numerics=costs["machine"].get("numerics", "unknown"))
     return Run(
-        f"{' '.join(reversed(item.keys))} {item.stage}", fingerprint, tags(item), _params(inputs),
+        f"{' '.join(reversed(item.keys))} {item.stage}", fingerprint, made_by, _params(inputs),
         metrics, artifacts=artifacts, dataset=_dataset(inputs, item.stage), children=tuple(children),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from scforget import config
 from scforget.audit import AuditSettings
 from scforget.data.prepare import PrepareSettings
 from scforget.data.splits import ScenarioSettings, SplitSettings
+from scforget.engine import ComputeSettings
 from scforget.methods import METHODS
 from scforget.models.vae import VAESettings
 from scforget.settings import Settings
@@ -48,6 +49,11 @@ class DatasetSettings(Settings):
     model: VAESettings
     training: TrainingSettings
 
+    @property
+    def largest_product(self) -> int:
+        """Multiplications of the largest layer in a training step."""
+        return self.training.batch_size * self.split.n_genes * self.model.hidden[0]
+
 
 class Population(Settings):
     """A population of models: one for each seed."""
@@ -75,6 +81,7 @@ class Params(Settings):
 
     seed: int
     protocol: Literal["canonical", "published"]
+    compute: ComputeSettings
     pipeline: PipelineSettings
     downloads: dict[Name, str | None]
     datasets: dict[Name, DatasetSettings]

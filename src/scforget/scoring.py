@@ -103,7 +103,7 @@ class Scorer:
         """What the published attacker sees, of one draw of each posterior; a mixture has no single one."""
         noise = seeding.torch_generator(self._seed, "published attacker", self._name)
         with torch.no_grad():
-            return self._task.features(model, self._task.batch(self.cells), noise).double().numpy()
+            return self._task.features(model, self._task.batch(self.cells), noise).double().cpu().numpy()
 
     def _attack(self, model: Model, signals: Signals) -> tuple[dict[str, FloatArray], FloatArray]:
         """Scores of every attack that looks at one model by itself, and the learned one's for each attacker seed."""
@@ -205,7 +205,7 @@ class Scorer:
 
     def _utility_of(self, model: Model, signals: Signals, mask: BoolArray) -> dict[str, float]:
         cells, mu, labels = self.cells[mask], signals.mu[mask], self.labels[mask]
-        expressed = self._task.batch(cells).inputs[:, torch.from_numpy(self._markers)].double().numpy()
+        expressed = self._task.batch(cells).inputs[:, torch.from_numpy(self._markers)].double().cpu().numpy()
         decoded = self._task.decoded_means(model, cells, self._markers)
         found = {
             "elbo": float(signals.elbo[mask].mean()),

@@ -6,7 +6,8 @@ A method written in these terms alone serves any model that answers them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +17,16 @@ from scipy.special import logsumexp
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from scforget import seeding
+from scforget import engine, seeding
 from scforget.arrays import FloatArray, IntArray
 from scforget.models.likelihoods import LOG_INVERSE_DISPERSION_LIMIT
 from scforget.models.mixture import Model, members_of
 from scforget.models.vae import VAE, Batch, Decoded, VAESettings, gaussian_kl
 
 _SCORING_BATCH = 1024
-# Counts that take no more than this are kept dense: slicing a sparse matrix costs a twentieth of a small model's step.
-_DENSE_BYTES = 2**26
+# Counts that take no more than this are kept dense: slicing a sparse matrix costs a twentieth of a small model's step,
+# and more than the whole step where the device has to wait for it.
+_DENSE_BYTES = {"cpu": 2**26, "cuda": 2**33}
 
 
 @dataclass(frozen=True)
@@ -131,20 +133,38 @@ class VaeTask:
         # A cell may have no count among the modelled genes; a library of 1 keeps its logarithm finite.
         self.library = np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64).ravel(), 1.0)
         self.normaliser = total_counts if settings.likelihood == "log_mse" else self.library
-        small = 4 * counts.shape[0] * counts.shape[1] <= _DENSE_BYTES
-        self._dense = counts.toarray().astype(np.float32) if small else None
+
+    @cached_property
+    def _dense(self) -> Tensor | None:
+        """All counts dense on the device, ``[N, G]``, where they are small."""
+        limit = _DENSE_BYTES[engine.device().type]
+        small = 4 * self.counts.shape[0] * self.counts.shape[1] <= limit
+        return torch.from_numpy(self.counts.toarray().astype(np.float32)).to(engine.device()) if small else None
+
+    @cached_property
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        """Library and normaliser of every cell on the device, ``[N]`` each."""
+        columns = (torch.from_numpy(one.astype(np.float32)) for one in (self.library, self.normaliser))
+        library, normaliser = (column.to(engine.device()) for column in columns)
+        return library, normaliser
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process gets: not what it makes for itself on its own device."""
+        return {name: value for name, value in vars(self).items() if name not in ("_dense", "_sizes")}
 
     def new_model(self, seed: int) -> VAE:
         """Return a freshly initialised model; equal seeds give equal parameters."""
         with seeding.scope(seed, "initialise"):
-            return VAE(self.counts.shape[1], self.settings)
+            return VAE(self.counts.shape[1], self.settings).to(engine.device())
 
     def batch(self, cells: IntArray) -> Batch:
-        """Return the given cells as dense float32 tensors."""
-        dense = self.counts[cells].toarray().astype(np.float32) if self._dense is None else self._dense[cells]
-        counts = torch.from_numpy(dense)
-        library = torch.from_numpy(self.library[cells].astype(np.float32))[:, None]
-        normaliser = torch.from_numpy(self.normaliser[cells].astype(np.float32))[:, None]
+        """Return the given cells as dense float32 tensors on the device."""
+        which = torch.from_numpy(cells)
+        if self._dense is None:
+            counts = torch.from_numpy(self.counts[cells].toarray().astype(np.float32)).to(engine.device())
+        else:
+            counts = self._dense.index_select(0, which.to(engine.device()))
+        library, normaliser = (column.index_select(0, which.to(engine.device()))[:, None] for column in self._sizes)
         return Batch(counts, torch.log1p(counts * (1e4 / normaliser)), library)
 
     def loss(
@@ -164,7 +184,7 @@ class VaeTask:
         mu, log_var = model.encode(batch.inputs)
         z = mu
         if noise is not None:
-            z = mu + (0.5 * log_var).exp() * torch.randn(mu.shape, generator=noise)
+            z = mu + (0.5 * log_var).exp() * engine.normal(mu.shape, noise)
         reconstruction = model.reconstruction(batch, model.decode(z))
         kl = gaussian_kl(mu, log_var)
         penalty = kl.clamp(min=free_bits).sum(-1) if free_bits else kl.sum(-1)
@@ -189,7 +209,7 @@ class VaeTask:
             teacher_mu, teacher_log_var = teacher.encode(batch.inputs)
             z = teacher_mu
             if noise is not None:
-                z = teacher_mu + (0.5 * teacher_log_var).exp() * torch.randn(z.shape, generator=noise)
+                z = teacher_mu + (0.5 * teacher_log_var).exp() * engine.normal(z.shape, noise)
             wanted = teacher.decode(z)
         mu, log_var = student.encode(batch.inputs)
         found = student.decode(mu if noise is None else z)
@@ -218,7 +238,7 @@ class VaeTask:
             ``None`` decodes z = μ; otherwise one draw of the posterior (as published).
         """
         mu, log_var = model.encode(batch.inputs)
-        z = mu if noise is None else mu + (0.5 * log_var).exp() * torch.randn(mu.shape, generator=noise)
+        z = mu if noise is None else mu + (0.5 * log_var).exp() * engine.normal(mu.shape, noise)
         reconstruction = model.reconstruction(batch, model.decode(z))
         kl = gaussian_kl(mu, log_var).sum(-1)
         sums = torch.stack([reconstruction, kl, reconstruction - kl], 1)
@@ -251,7 +271,7 @@ class VaeTask:
             mu, log_var = model.encode(batch.inputs)
             kl = gaussian_kl(mu, log_var).sum(-1)
             parts.append((model.reconstruction(batch, model.decode(mu)), kl, mu, log_var))
-        columns = [torch.cat(column).double().numpy() for column in zip(*parts, strict=True)]
+        columns = [torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True)]
         return Signals(cells, *columns)
 
     @torch.no_grad()
@@ -270,12 +290,12 @@ class VaeTask:
             batch = self.batch(cells[start : start + _SCORING_BATCH])
             decoded = model.decode(model.encode(batch.inputs)[0])
             expressed = 1.0 if decoded.zero_logits is None else torch.sigmoid(-decoded.zero_logits)
-            means += (batch.library * decoded.logits.softmax(-1) * expressed).sum(0).double().numpy()
+            means += (batch.library * decoded.logits.softmax(-1) * expressed).sum(0).double().cpu().numpy()
             if self.settings.likelihood == "log_mse":
                 zeros += np.nan
             else:
                 empty = batch._replace(counts=torch.zeros_like(batch.counts))
-                zeros += model.log_prob(empty, decoded).exp().sum(0).double().numpy()
+                zeros += model.log_prob(empty, decoded).exp().sum(0).double().cpu().numpy()
         return means / len(cells), zeros / len(cells)
 
     @torch.no_grad()
@@ -297,5 +317,5 @@ class VaeTask:
                 means = shares * batch.inputs.sum(-1, keepdim=True)
             else:
                 means = torch.log1p(1e4 * shares)
-            parts.append(means[:, torch.from_numpy(genes)].double().numpy())
+            parts.append(means[:, torch.from_numpy(genes)].double().cpu().numpy())
         return np.concatenate(parts)

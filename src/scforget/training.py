@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scforget import optimisers, seeding
+from scforget import engine, optimisers, seeding
 from scforget.arrays import IntArray
 from scforget.errors import NonFiniteError
 from scforget.models.mixture import Model
@@ -297,7 +297,8 @@ def train_epoch(  # noqa: PLR0917
     for step, part in enumerate(batches(cells, settings.batch_size, noise)):
         if rates is not None:
             optimiser.param_groups[0]["lr"] = rates[step]
-        loss = task.loss(model, task.batch(part), noise, beta=beta, free_bits=settings.free_bits)
+        with engine.autocast():
+            loss = task.loss(model, task.batch(part), noise, beta=beta, free_bits=settings.free_bits)
         descend(optimiser, loss.total.mean(), effort)
         effort.count(cell_set, len(part))
         sums += [float(piece.detach().double().sum()) for piece in loss]

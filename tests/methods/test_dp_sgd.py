@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +24,7 @@ Original = Callable[[], VAE]
 Same = Callable[[dict[str, Tensor], dict[str, Tensor]], bool]
 SETTINGS: dict[str, Any] = {
     "epsilon": 10.0, "delta": 1e-5, "clip": 1.0, "learning_rate": 1e-2, "batch_size": 32, "epochs": 3,
+    "secure_mode": False,
 }  # fmt: skip
 
 
@@ -129,6 +133,52 @@ def test_dp_sgd_accepts_empty_batches(task: VaeTask, forget_sets: ForgetSets, or
     trained = dp_sgd(original(), task, forget_sets, settings(batch_size=1, epochs=1), seed=5)
     assert trained.effort.steps == 100
     assert 60 < trained.effort.forward["retain"] < 140
+
+
+def test_dp_sgd_in_secure_mode_cannot_be_repeated(
+    task: VaeTask, forget_sets: ForgetSets, original: Original, same_bytes: Same
+) -> None:
+    first, again = (dp_sgd(original(), task, forget_sets, settings(secure_mode=True), seed=5) for _ in range(2))
+    assert not same_bytes(first.model.state_dict(), again.model.state_dict())
+    assert first.history != again.history
+    seeded = dp_sgd(original(), task, forget_sets, settings(), seed=5)
+    assert first.facts == again.facts == seeded.facts
+    assert first.effort.steps == seeded.effort.steps == 12
+
+
+def test_dp_sgd_in_secure_mode_draws_noise_and_batches_from_the_secure_source(
+    task: VaeTask, forget_sets: ForgetSets, original: Original, same_bytes: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the key known, and only then, all is known: nothing comes from the seed but the first weights."""
+    monkeypatch.setattr(secrets, "token_bytes", bytes)  # so many zeros
+    first, again = (dp_sgd(original(), task, forget_sets, settings(secure_mode=True), seed=5) for _ in range(2))
+    assert same_bytes(first.model.state_dict(), again.model.state_dict())
+    other = dp_sgd(original(), task, forget_sets, settings(secure_mode=True), seed=6)
+    seeded = dp_sgd(original(), task, forget_sets, settings(), seed=5)
+    drawn = [[row["drawn"] for row in run.history] for run in (first, other, seeded)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_dp_sgd_in_secure_mode_resumes_and_keeps_no_key(
+    task: VaeTask, forget_sets: ForgetSets, original: Original, same_bytes: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[bytes] = []
+
+    def token_bytes(size: int) -> bytes:
+        keys.append(os.urandom(size))
+        return keys[-1]
+
+    monkeypatch.setattr(secrets, "token_bytes", token_bytes)
+    dying, survivor = MemoryCheckpoint(dies_at=2), MemoryCheckpoint()
+    with pytest.raises(KilledError):
+        dp_sgd(original(), task, forget_sets, settings(secure_mode=True), seed=5, checkpoint=dying)
+    survivor.kept = dying.kept
+    resumed = dp_sgd(original(), task, forget_sets, settings(secure_mode=True), seed=5, checkpoint=survivor)
+    assert len(resumed.history) == 3
+    assert resumed.effort.steps == 12
+    assert len(set(keys)) == len(keys) == 4  # a key and a start, of each run
+    saved = pickle.dumps([dying.kept, survivor.kept])
+    assert not any(key in saved for key in keys)
 
 
 def test_dp_sgd_never_reads_the_forgotten_cells(

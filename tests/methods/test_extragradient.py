@@ -28,7 +28,7 @@ from scforget.methods.extragradient import (
 )
 from scforget.models.vae import VAE, Batch
 from scforget.tasks import VaeTask
-from scforget.training import Effort, Trained
+from scforget.training import Effort, Trained, TrainingSettings, fit
 
 Original = Callable[[], VAE]
 Same = Callable[[dict[str, Tensor], dict[str, Tensor]], bool]
@@ -282,13 +282,26 @@ def test_extragradient_rows_agree_with_each_other(unlearn: Callable[..., Trained
 
 
 def test_extragradient_fools_critics_that_stand_still_the_less_the_more_is_kept(
-    unlearn: Callable[..., Trained]
-) -> None:  # fmt: skip
-    still = {"ttur": 1e-9, "epochs": 20}
-    eager, careful = (unlearn(lam=lam, **still).history for lam in (0.1, 1000.0))
-    assert eager[-1]["payoff"] < eager[0]["payoff"] - 0.2
-    assert careful[-1]["payoff"] > eager[-1]["payoff"] + 0.1
-    assert eager[-1]["ema_auc"] < careful[-1]["ema_auc"] - 0.1
+    task: VaeTask, forget_sets: ForgetSets, recipe: Callable[..., dict[str, Any]]
+) -> None:
+    """Of an original that has finished learning: one that had not would leave the critics' features by itself.
+
+    Payoffs at every seed; the AUC over 40 cells as a mean over seeds.
+    """
+    train = np.union1d(forget_sets.forget, forget_sets.retain)
+    whole = TrainingSettings(**recipe(max_epochs=10, kl_warmup_epochs=0))
+    finished = fit(task.new_model(1), task, train, forget_sets.stop, whole, seed=1).model
+    last: dict[float, list[float]] = {0.1: [], 10_000.0: []}
+    for seed in range(4):
+        histories = {}
+        for lam, aucs in last.items():
+            own = settings(lam=lam, ttur=1e-9, epochs=20)
+            histories[lam] = extragradient(copy.deepcopy(finished), task, forget_sets, own, seed=seed).history
+            aucs.append(histories[lam][-1]["ema_auc"])
+        eager, careful = histories.values()
+        assert eager[-1]["payoff"] < eager[0]["payoff"] - 0.2
+        assert careful[-1]["payoff"] > eager[-1]["payoff"] + 0.1
+    assert np.mean(last[0.1]) < np.mean(last[10_000.0]) - 0.1
 
 
 def test_extragradient_critics_learn_while_the_model_stands_still(unlearn: Callable[..., Trained]) -> None:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from scipy import stats
 from torch import nn
 
+from scforget.models.layers import Dropout
 from scforget.models.vae import BLOCKS, VAE, Batch, VAESettings, block_of, gaussian_kl
 
 PUBLISHED: dict[str, Any] = {
@@ -66,8 +67,8 @@ def test_vae_has_a_head_more_for_zeros_and_one_less_for_shared_dispersion(
 def test_vae_hidden_blocks_are_linear_norm_relu_dropout_mirrored() -> None:
     model = small(hidden=[8, 6, 4], dropout=0.25)
     for part in (model.encoder, model.decoder):
-        assert [type(layer) for layer in part] == 3 * [nn.Linear, nn.LayerNorm, nn.ReLU, nn.Dropout]
-        assert {layer.p for layer in part if isinstance(layer, nn.Dropout)} == {0.25}
+        assert [type(layer) for layer in part] == 3 * [nn.Linear, nn.LayerNorm, nn.ReLU, Dropout]
+        assert {layer.p for layer in part if isinstance(layer, Dropout)} == {0.25}
     widths = [
         [layer.out_features for layer in p if isinstance(layer, nn.Linear)] for p in (model.encoder, model.decoder)
     ]

@@ -77,7 +77,7 @@ def contrast(
             descend(optimiser, gamma * kl + lam * moved, effort)
             effort.count("forget", len(forget))
             effort.count("retain", len(part), forward=2)  # the original's pass and the model's
-            sums += torch.stack([kl, moved]).detach().double() * len(part)
+            sums += torch.stack([kl, moved]).detach().double().cpu() * len(part)
         forget_kl, moved_far = (sums / len(sets.retain)).tolist()
         return {"forget_kl": forget_kl, "drift": moved_far}
 

@@ -27,6 +27,9 @@ class DPSGDSettings(Settings):
         C, the largest L2 norm of a cell's gradient; ``.inf``, allowed only without noise, clips nothing.
     batch_size
         Expected cells per Poisson batch.
+    secure_mode
+        Draw noise and batches from a cryptographically secure source instead of from the seed. Nobody can repeat or
+        take away the noise then, whoever knows the seed; the model cannot be made again either.
     """
 
     epsilon: Annotated[float, Field(gt=0)]
@@ -35,6 +38,7 @@ class DPSGDSettings(Settings):
     learning_rate: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(gt=0)]
     epochs: Annotated[int, Field(gt=0)]
+    secure_mode: bool
 
     @model_validator(mode="after")
     def _noise_needs_a_clip(self) -> DPSGDSettings:
@@ -69,7 +73,13 @@ def dp_sgd(
     chosen by anything un-noised: there is no early stopping. The guarantee is that of the weights, given the genes,
     the number of cells and the settings, which were chosen without privacy. Forgotten cells are never read, so they
     need none: the group guarantee says what would have bounded the influence of as many cells among those trained on.
+
+    In secure mode latent draws and dropout come from streams with secret seeds: which draw a cell gets depends on the
+    cells before it in the batch, so that known draws would let a cell reach further than its own gradient. The key is
+    not in the checkpoint; a resumed run has another.
     """
+    from scforget import gaussian
+
     model.load_state_dict(task.new_model(seed).state_dict())
     cells = len(sets.retain)
     expected = min(settings.batch_size, cells)
@@ -78,12 +88,18 @@ def dp_sgd(
     mechanism = private.Mechanism(settings.clip, sigma, rate, expected, steps)
     loop = Loop(model, seed=seed, checkpoint=checkpoint)
     optimiser, parameters = adam(model, settings.learning_rate), dict(model.named_parameters())
+    secure = gaussian.Secure() if settings.secure_mode else None
+
+    def epoch_from(noise: torch.Generator, source: gaussian.Source) -> Epoch:
+        return private.train_epoch(
+            model, task, sets.retain, mechanism, optimiser, parameters, noise, source, loop.effort
+        )  # fmt: skip
 
     def epoch(number: int, noise: torch.Generator) -> Epoch:
-        gaussian = seeding.torch_generator(seed, "privacy", number)
-        return private.train_epoch(
-            model, task, sets.retain, mechanism, optimiser, parameters, noise, gaussian, loop.effort
-        )  # fmt: skip
+        if secure is None:
+            return epoch_from(noise, seeding.torch_generator(seed, "privacy", number))
+        with seeding.scope(secure.seed(), "private") as hidden:
+            return epoch_from(hidden, secure)
 
     loop.run("private", epoch, settings.epochs, parts={"adam": optimiser})
     epsilon = private.epsilon_spent(sigma, rate, steps * settings.epochs, settings.delta)

@@ -90,7 +90,7 @@ def shadow_auc(
     for name, cells in (("forget", forget), ("retain", batch), ("retain", retain), ("aside", aside)):
         effort.count(name, len(cells), backward=0)
     width = forget.shape[1]
-    ones, zeros = torch.ones(width), torch.zeros(width)
+    ones, zeros = forget.new_ones(width), forget.new_zeros(width)
     attacker = Critics([critic.Critic("all", zeros, ones, settings.hidden, settings.dropout, spectral=False)])
     critic.train(
         attacker, forget, batch, effort, learning_rate=settings.learning_rate, weight_decay=0.0, steps=settings.steps,

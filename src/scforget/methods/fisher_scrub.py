@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from scforget import fisher, seeding
+from scforget import engine, fisher, seeding
 from scforget.curvature import require_finite
 from scforget.data.splits import ForgetSets
 from scforget.errors import NonFiniteError
@@ -59,7 +59,7 @@ def diffuse(
     """Apply θ ← θ + α^¼·(F + d)^(−¼) ∘ ε in place, ε ~ N(0, I), to every parameter."""
     for name, parameter in model.named_parameters():
         spread = alpha**0.25 * (information[name] + damping) ** -0.25
-        parameter.add_(spread * torch.randn(parameter.shape, generator=noise))
+        parameter.add_(spread * engine.normal(parameter.shape, noise))
 
 
 @torch.no_grad()

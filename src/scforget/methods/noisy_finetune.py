@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from scforget import optimisers
+from scforget import engine, optimisers
 from scforget.data.splits import ForgetSets
 from scforget.errors import DataError, NonFiniteError
 from scforget.models.vae import VAE
@@ -97,7 +97,7 @@ def perturb(parameters: list[Tensor], scale: float, radius: float, noise: torch.
     """Add N(0, scale²) to every parameter, then project all of them together onto the ball of a radius, in place."""
     if scale:
         for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=scale)
+            parameter.add_(engine.normal(parameter.shape, noise), alpha=scale)
     norm = norm_of(parameters)
     if norm > radius:
         for parameter in parameters:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, softplus
+
+try:
+    from scforget.models import kernels as _kernels
+except ImportError:  # no numba for this machine: torch gives the same values, more slowly
+    _kernels = None  # type: ignore[assignment]
+#: The compiled loops, :mod:`scforget.models.kernels`, or ``None`` without numba.
+COMPILED: ModuleType | None = _kernels
 
 # Below this inverse dispersion lgamma differences are accurate; above it they cancel and Stirling's series is used.
 _STIRLING_FROM = 16.0
@@ -66,7 +75,7 @@ def nb_log_prob(counts: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor
 
 
 class _NegativeBinomial(torch.autograd.Function):
-    """:func:`nb_log_likelihood`: what every entry has in common in dense passes, the rest at the nonzero counts."""
+    """:func:`nb_log_likelihood` in torch: in dense passes what entries have in common, at nonzero counts the rest."""
 
     @staticmethod
     def forward(
@@ -103,6 +112,31 @@ class _NegativeBinomial(torch.autograd.Function):
         return None, logits, None, dispersion
 
 
+class _Compiled(torch.autograd.Function):
+    """The likelihood of whole cells and its gradients in one pass of :mod:`scforget.models.kernels`."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, counts: Tensor, log_library: Tensor, *parameters: Tensor) -> Tensor:
+        value = np.empty(len(counts))
+        gradients = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for parameter in parameters]
+        given = [one.detach().contiguous().numpy() for one in (counts, *parameters)]
+        library = log_library.reshape(-1).expand(len(counts)).contiguous().numpy()
+        limit = np.float32(LOG_INVERSE_DISPERSION_LIMIT)
+        kernel(given[0], given[1], library, *given[2:], limit, value, *(one.numpy() for one in gradients))
+        ctx.save_for_backward(*gradients)
+        return torch.from_numpy(value).to(counts.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(upstream[:, None] * gradient for gradient in ctx.saved_tensors)
+
+
+def _compiles(*tensors: Tensor) -> bool:
+    """Whether these are what the compiled loops take; anything else goes through torch."""
+    return all(one.dtype == torch.float32 and one.device.type == "cpu" for one in tensors)
+
+
 def nb_log_likelihood(counts: Tensor, logits: Tensor, log_library: Tensor, log_inverse_dispersion: Tensor) -> Tensor:
     """Negative-binomial log-likelihood of whole cells whose expected counts are shares of a library.
 
@@ -128,8 +162,21 @@ def nb_log_likelihood(counts: Tensor, logits: Tensor, log_library: Tensor, log_i
     own entries. With σ = μ/(μ + r) the gradient is x − (x + r)σ in log μ, and
     r(ψ(x + r) − ψ(r)) − x − r log(1 + μ/r) + (x + r)σ in log r, written out rather than recorded.
     """
-    inputs = counts, logits, log_library, log_inverse_dispersion
-    return cast("Tensor", _NegativeBinomial.apply(*inputs))
+    parameters = logits, log_inverse_dispersion.expand_as(logits)
+    if COMPILED is not None and _compiles(counts, log_library, *parameters):
+        return cast("Tensor", _Compiled.apply(COMPILED.negative_binomial, counts, log_library, *parameters))
+    return cast("Tensor", _NegativeBinomial.apply(counts, logits, log_library, log_inverse_dispersion))
+
+
+def zinb_log_likelihood(
+    counts: Tensor, logits: Tensor, log_library: Tensor, log_inverse_dispersion: Tensor, zero_logits: Tensor
+) -> Tensor:
+    """:func:`nb_log_likelihood` of the zero-inflated distribution, ``[B]`` nats; see :func:`zinb_log_prob`."""
+    parameters = logits, log_inverse_dispersion.expand_as(logits), zero_logits
+    if COMPILED is not None and _compiles(counts, log_library, *parameters):
+        return cast("Tensor", _Compiled.apply(COMPILED.zero_inflated, counts, log_library, *parameters))
+    log_mean = logits.log_softmax(-1) + log_library
+    return zinb_log_prob(counts, log_mean, log_inverse_dispersion, zero_logits).sum(-1)
 
 
 def zinb_log_prob(counts: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor, zero_logits: Tensor) -> Tensor:

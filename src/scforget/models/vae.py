@@ -9,7 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from scforget.models.likelihoods import nb_log_likelihood, nb_log_prob, squared_error, zinb_log_prob
+from scforget.models.layers import Dropout
+from scforget.models.likelihoods import (
+    nb_log_likelihood,
+    nb_log_prob,
+    squared_error,
+    zinb_log_likelihood,
+    zinb_log_prob,
+)
 from scforget.settings import Settings
 
 
@@ -68,8 +75,13 @@ class PerGene(nn.Module):
 def _blocks(widths: list[int], dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.ReLU(), nn.Dropout(dropout)]
+        layers += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.ReLU(), Dropout(dropout)]
     return nn.Sequential(*layers)
+
+
+def _full(output: Tensor) -> Tensor:
+    """What comes after the layers is float32 even where autocast runs them in bfloat16."""
+    return output.float() if output.dtype == torch.bfloat16 else output
 
 
 class VAE(nn.Module):
@@ -102,13 +114,13 @@ class VAE(nn.Module):
     def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, G]`` log-normalised expression → posterior μ and log σ², each ``[B, Z]``."""
         hidden = self.encoder(inputs)
-        return self.mu(hidden), self.log_var(hidden)
+        return _full(self.mu(hidden)), _full(self.log_var(hidden))
 
     def decode(self, z: Tensor) -> Decoded:
         """``[B, Z]`` → parameters of the observation model."""
         hidden = self.decoder(z)
-        zero_logits = self.zero(hidden) if self.zero is not None else None
-        return Decoded(self.scale(hidden), self.dispersion(hidden), zero_logits)
+        zero_logits = _full(self.zero(hidden)) if self.zero is not None else None
+        return Decoded(_full(self.scale(hidden)), _full(self.dispersion(hidden)), zero_logits)
 
     def log_prob(self, batch: Batch, decoded: Decoded) -> Tensor:
         """Log-likelihood of each count, ``[B, G]``: nats, or minus a squared error for ``log_mse``."""
@@ -121,10 +133,12 @@ class VAE(nn.Module):
 
     def reconstruction(self, batch: Batch, decoded: Decoded) -> Tensor:
         """:meth:`log_prob` of each cell, ``[B]``, summed over genes."""
-        if self.settings.likelihood == "nb":
-            parameters = decoded.logits, batch.library.log(), decoded.log_inverse_dispersion
+        if self.settings.likelihood == "log_mse":
+            return self.log_prob(batch, decoded).sum(-1)
+        parameters = decoded.logits, batch.library.log(), decoded.log_inverse_dispersion
+        if decoded.zero_logits is None:
             return nb_log_likelihood(batch.counts, *parameters)
-        return self.log_prob(batch, decoded).sum(-1)
+        return zinb_log_likelihood(batch.counts, *parameters, decoded.zero_logits)
 
 
 #: The parts of the network that a method may name, each with the submodules it holds.
