@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from scforget import artifacts, loading, parallel, results, schema, seeding
+from scforget import artifacts, engine, loading, parallel, results, schema, seeding
 from scforget.arrays import FloatArray
 from scforget.artifacts import Workspace
 from scforget.audit import equivalence, roc, utility
@@ -91,6 +91,7 @@ class Bench:
 
     def __init__(self, root: Path, dataset: str, scenario: str) -> None:
         self.workspace, self.params = Workspace(root), schema.load(root / "params.yaml")
+        engine.start(self.params.compute, self.params.datasets[dataset].largest_product)
         self.dataset, self.scenario = dataset, scenario
         settings = self.params.datasets[dataset]
         cells, genes, markers = loading.load_cells(self.workspace, dataset)

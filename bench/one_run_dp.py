@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scforget import loading, parallel, schema, seeding
+from scforget import engine, loading, parallel, schema, seeding
 from scforget.arrays import BoolArray, FloatArray, IntArray
 from scforget.artifacts import Workspace
 from scforget.audit import roc
@@ -71,6 +71,7 @@ class Bench:
 
     def __init__(self, root: Path, dataset: str) -> None:
         workspace, self.params = Workspace(root), schema.load(root / "params.yaml")
+        engine.start(self.params.compute, self.params.datasets[dataset].largest_product)
         self.dataset = dataset
         self.task = loading.load_task(workspace, self.params.datasets[dataset].model, dataset)
         self.sets = loading.load_sets(workspace, dataset)

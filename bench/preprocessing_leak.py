@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from scforget import artifacts, loading, parallel, schema, seeding
+from scforget import artifacts, engine, loading, parallel, schema, seeding
 from scforget.arrays import FloatArray
 from scforget.artifacts import Workspace
 from scforget.attacks.gene_list import gene_list
@@ -66,6 +66,7 @@ class Bench:
 
     def __init__(self, root: Path, dataset: str, models: int) -> None:
         self.params = schema.load(root / "params.yaml")
+        engine.start(self.params.compute, self.params.datasets[dataset].largest_product)
         self.settings, self.models = self.params.datasets[dataset], models
         path = Workspace(root).work("prepare", dataset) / "cells.h5ad"
         self.cells = artifacts.read_cells(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from scforget import artifacts, parallel, pictures, replay, results, schema
+from scforget import artifacts, engine, parallel, pictures, replay, results, schema
 from scforget.artifacts import Workspace
 from scforget.errors import ConfigError
 from scforget.pipeline import Pipeline
@@ -99,6 +99,7 @@ def report() -> None:
     """Write ``report/``: summary.json, a table and figures for each scenario, and report.html."""
     root = Path.cwd()
     params, workspace, pipeline = schema.load(root / "params.yaml"), Workspace(root), Pipeline(root)
+    engine.start(params.compute, multiplications=0)
     audits = {
         (dataset, scenario): results.audits(workspace, dataset, scenario, params.pipeline.methods)
         for dataset in params.pipeline.datasets
