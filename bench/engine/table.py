@@ -27,7 +27,7 @@ MEANING: dict[str, str] = {
     "dp_step_vs_opacus_ghost": "private step, 256 cells: Opacus's ghost clipping / ours",
     "dp_step_vs_opacus_ghost_switched": "private step: ghost clipping with oneDNN's matrix products / ours",
     "dp_step_vs_nonprivate": "private step / our own step without privacy (lower is better)",
-    "ensemble8_vs_sequential": "8 models in processes of one thread / one after another (lower is better)",
+    "ensemble8_vs_sequential": "8 models: one after another on all threads / in processes of one thread",
     "peak_mb": "peak memory of training, fp32, MB",
 }
 
