@@ -14,8 +14,10 @@ import torch
 from threadpoolctl import threadpool_info
 from torch import Tensor
 
+from scforget import parallel
 from scforget.arrays import FloatArray, IntArray
 from scforget.artifacts import FileCheckpoint
+from scforget.data.splits import ForgetSets
 from scforget.errors import ArtifactError, DataError, NonFiniteError
 from scforget.tasks import VaeTask
 from scforget.training import TrainingSettings, fit
@@ -146,3 +148,15 @@ class Training:
         )
         weights = {name: value.numpy().tobytes() for name, value in trained.model.state_dict().items()}
         return {"weights": weights, "history": trained.history, "resumed": resumed, "pid": os.getpid()}
+
+
+def trained_twice(
+    folder: Path, task: VaeTask, sets: ForgetSets, settings: TrainingSettings
+) -> tuple[list[tuple[Any, Any]], list[dict[str, Any]]]:
+    """Histories and weights of four serial trainings; the same trainings by ``each``, a worker killed in the third."""
+    serial, killed = (
+        Training(folder / name, task, sets.retain, sets.stop, settings, dies)
+        for name, dies in (("serial", None), ("killed", 2))
+    )
+    alone = [serial(seed) for seed in range(4)]
+    return [(one["history"], one["weights"]) for one in alone], parallel.each(killed, range(4), lambda: None)

@@ -16,7 +16,7 @@ import pytest
 from distributed import LocalCluster
 
 import jobs
-from jobs import Logged, Training
+from jobs import Logged, trained_twice
 from scforget import engine, parallel
 from scforget.data.splits import ForgetSets
 from scforget.errors import ConfigError, NonFiniteError, WorkerError
@@ -73,18 +73,10 @@ def test_each_raises_a_workers_error_with_its_values(cluster: None) -> None:
 def test_trainings_are_the_serial_ones_bit_for_bit_with_one_worker_killed_half_way(
     cluster: None, tmp_path: Path, task: VaeTask, forget_sets: ForgetSets, recipe: Callable[..., dict[str, Any]]
 ) -> None:
-    settings = TrainingSettings(**recipe())
-    serial, killed = (
-        Training(tmp_path / name, task, forget_sets.retain, forget_sets.stop, settings, dies)
-        for name, dies in (("serial", None), ("killed", 2))
-    )
-    wanted = [serial(seed) for seed in range(4)]
-    made = parallel.each(killed, range(4), nothing)
+    wanted, made = trained_twice(tmp_path, task, forget_sets, TrainingSettings(**recipe()))
     assert made[2]["resumed"]
     assert all(model["pid"] != os.getpid() for model in made)
-    for one, other in zip(wanted, made, strict=True):
-        assert one["history"] == other["history"]
-        assert one["weights"] == other["weights"]
+    assert [(model["history"], model["weights"]) for model in made] == wanted
 
 
 def test_each_gives_up_a_job_that_kills_every_worker(cluster: None, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import jobs
-from jobs import Logged, Training
+from jobs import Logged, trained_twice
 from scforget import engine, parallel
 from scforget.data.splits import ForgetSets
 from scforget.errors import ArtifactError, ConfigError, DataError, NonFiniteError, ScforgetError, WorkerError
@@ -273,15 +273,7 @@ def test_each_leaves_no_orphans_when_its_process_is_ended(tmp_path: Path, forked
 def test_trainings_are_the_serial_ones_bit_for_bit_with_one_worker_killed_half_way(
     either: str, tmp_path: Path, task: VaeTask, forget_sets: ForgetSets, recipe: Callable[..., dict[str, Any]]
 ) -> None:
-    settings = TrainingSettings(**recipe())
-    serial, killed = (
-        Training(tmp_path / name, task, forget_sets.retain, forget_sets.stop, settings, dies)
-        for name, dies in (("serial", None), ("killed", 2))
-    )
-    wanted = [serial(seed) for seed in range(4)]
-    made = parallel.each(killed, range(4), nothing)
+    wanted, made = trained_twice(tmp_path, task, forget_sets, TrainingSettings(**recipe()))
     assert made[2]["resumed"]
     assert all(model["pid"] != os.getpid() for model in made)
-    for one, other in zip(wanted, made, strict=True):
-        assert one["history"] == other["history"]
-        assert one["weights"] == other["weights"]
+    assert [(model["history"], model["weights"]) for model in made] == wanted

@@ -111,7 +111,8 @@ def assert_close(found: Tensor, wanted: Tensor, terms: Tensor | None = None) -> 
     assert float((found.double() - wanted).norm()) <= bound * float(scale.norm())
 
 
-def check(model: nn.Module, inputs: Tensor) -> None:
+def assert_equals_a_loop(model: nn.Module, inputs: Tensor) -> None:
+    """Squares, sums, rescaled sums and norms, against each example's own gradient."""
     each = per_example(model, inputs)
     norms = torch.stack([rows.flatten(1).square().sum(1) for rows in each.values()]).sum(0)
     factors = torch.linspace(0.1, 2.0, len(inputs), dtype=inputs.dtype)
@@ -135,14 +136,14 @@ def check(model: nn.Module, inputs: Tensor) -> None:
 def test_trace_equals_a_loop_over_examples(name: str, size: int, seed: int) -> None:
     torch.manual_seed(seed)
     make, shape = MODELS[name]
-    check(prepared(make()), torch.randn(size, *shape, dtype=torch.float64))
+    assert_equals_a_loop(prepared(make()), torch.randn(size, *shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_trace_in_single_precision_is_right_to_five_digits(name: str) -> None:
     torch.manual_seed(1)
     make, shape = MODELS[name]
-    check(prepared(make(), torch.float32), torch.randn(64, *shape))
+    assert_equals_a_loop(prepared(make(), torch.float32), torch.randn(64, *shape))
 
 
 @st.composite
@@ -167,7 +168,7 @@ def test_trace_of_any_convolution_equals_a_loop(options: dict[str, Any], size: i
     with pytest.MonkeyPatch.context() as patch:
         if piecewise:  # one example at a time
             patch.setattr(percell, "_CONVOLUTION_ENTRIES", 1)
-        check(model, torch.randn(size, options["in_channels"], SIDE, SIDE, dtype=torch.float64))
+        assert_equals_a_loop(model, torch.randn(size, options["in_channels"], SIDE, SIDE, dtype=torch.float64))
 
 
 def test_trace_of_a_convolution_sums_over_places_before_it_squares() -> None:
