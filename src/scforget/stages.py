@@ -16,7 +16,7 @@ from scforget.context import Context, open_item
 from scforget.data import genes, sources, splits
 from scforget.data import prepare as preparing
 from scforget.data.splits import ForgetSets
-from scforget.errors import ConfigError, TooManyDivergedError
+from scforget.errors import ConfigError, ScforgetError, TooManyDivergedError, TrackingError
 
 #: Shadow models of a block.
 SHADOWS = 8
@@ -56,13 +56,10 @@ def split(dataset: str) -> None:
     settings = context.params.datasets[dataset]
     cells = artifacts.read_cells(context.workspace.work("prepare", dataset) / "cells.h5ad")
     sets = splits.split_cells(cells.n_obs, settings.split.fractions, seeding.numpy_generator(context.seed("cells")))
-    scenarios = {
-        name: splits.draw_scenario(
-            cells.obs, sets, scenario, seeding.numpy_generator(context.seed("scenario", name)),
-            context.params.audit.min_controls,
-        )
-        for name, scenario in settings.scenarios.items()
-    }  # fmt: skip
+    scenarios = splits.draw_scenarios(
+        cells.obs, sets, settings.scenarios, lambda name: seeding.numpy_generator(context.seed("scenario", name)),
+        context.params.audit.min_controls,
+    )  # fmt: skip
     chosen = _choose_genes(context, cells, sets, list(scenarios.values()))
     artifacts.write_arrays(context.work / "sets.npz", vars(sets))
     for name, scenario in scenarios.items():
@@ -121,7 +118,8 @@ def shadows(dataset: str, shadow_block: str) -> None:
 def unlearn(dataset: str, scenario: str, method: str | None = None) -> None:
     """Unlearn the forget set from each original once, by every method or by one.
 
-    A method of which too few models are left fails the stage when the others are done.
+    A method of which too few models are left, or a tracking server that is down, fails the stage when the others are
+    done.
     """
     context = open_item("unlearn", dataset, scenario)
     methods = context.params.pipeline.methods
@@ -132,14 +130,13 @@ def unlearn(dataset: str, scenario: str, method: str | None = None) -> None:
     sets = loading.load_scenario(context.workspace, dataset, scenario).sets
     made = artifacts.read_json(context.workspace.results("train", dataset) / "result.json")
     seeds = sorted(int(seed) for seed in made["seeds"])
-    failed = None
+    failed: ScforgetError | None = None
     for name in methods if method is None else [method]:
         own = context.of_method(name, f"src/scforget/methods/{name}.py")
         try:
             populations.make(populations.Unlearned(own, task, sets, "retain", name), seeds, context.warm_up)
-        except TooManyDivergedError as error:
+            context.track(own.inputs)
+        except (TooManyDivergedError, TrackingError) as error:
             failed = failed or error
-            continue
-        context.track(own.inputs)
     if failed is not None:
         raise failed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -76,9 +76,30 @@ class QueryScenario(Settings):
     query: str
 
 
-ScenarioSettings = Annotated[
-    ClusterScenario | SubsetScenario | ScatteredScenario | DonorScenario | QueryScenario, Field(discriminator="kind")
-]
+class SiblingScenario(Settings):
+    """Forget as many training cells of the same kind as another request does, none of which that one forgets.
+
+    What is tuned on the one can be judged on the other. Only of ``subset`` and ``scattered``: the rest leave no cell of
+    their kind. Two siblings of one request may share cells.
+    """
+
+    kind: Literal["sibling"]
+    of: str
+
+
+Request = ClusterScenario | SubsetScenario | ScatteredScenario | DonorScenario | QueryScenario
+ScenarioSettings = Annotated[Request | SiblingScenario, Field(discriminator="kind")]
+
+
+def check_siblings(scenarios: dict[str, ScenarioSettings]) -> dict[str, ScenarioSettings]:
+    """Return the scenarios of a data set; raises ``ValueError`` if a sibling is of none of them, or of a sibling."""
+    first = [name for name, settings in scenarios.items() if not isinstance(settings, SiblingScenario)]
+    for name, settings in scenarios.items():
+        if isinstance(settings, SiblingScenario) and settings.of not in first:
+            found = "is a sibling itself" if settings.of in scenarios else "is not a scenario of this data set"
+            why = f"{name} is a sibling of {settings.of!r}, which {found}"
+            raise ValueError(f"{why}; name one of {', '.join(first) or 'those that you add'}")
+    return scenarios
 
 
 @dataclass(frozen=True)
@@ -162,7 +183,7 @@ class SplitSettings(Settings):
     markers_per_label: Annotated[int, Field(gt=0)]
 
 
-def _group(obs: pd.DataFrame, settings: ScenarioSettings) -> BoolArray:
+def _group(obs: pd.DataFrame, settings: Request) -> BoolArray:
     """``[N]``: which cells are of the kind that the request names."""
     if isinstance(settings, ScatteredScenario):
         return np.ones(len(obs), dtype=bool)
@@ -182,7 +203,7 @@ def _group(obs: pd.DataFrame, settings: ScenarioSettings) -> BoolArray:
     return np.asarray(values == value, dtype=bool)
 
 
-def _selected(candidates: IntArray, settings: ScenarioSettings, rng: np.random.Generator) -> IntArray:
+def _selected(candidates: IntArray, settings: Request, rng: np.random.Generator) -> IntArray:
     """Choose among the training cells of the group those that are to be forgotten."""
     if isinstance(settings, ScatteredScenario):
         wanted = settings.cells
@@ -208,9 +229,16 @@ def _controls(
     return np.sort(np.concatenate(drawn)).astype(np.int64)
 
 
+def _apart(candidates: IntArray, other: IntArray, rng: np.random.Generator) -> IntArray:
+    """Choose as many training cells of the group as the other request forgets, or all that it leaves."""
+    left = np.setdiff1d(candidates, other)
+    return np.sort(rng.choice(left, size=min(len(other), len(left)), replace=False))
+
+
 def draw_scenario(
-    obs: pd.DataFrame, sets: CellSets, settings: ScenarioSettings, rng: np.random.Generator, min_controls: int
-) -> Scenario:
+    obs: pd.DataFrame, sets: CellSets, settings: Request, rng: np.random.Generator, min_controls: int,
+    *, other: Scenario | None = None,
+) -> Scenario:  # fmt: skip
     """Turn a forget request into cell sets.
 
     Parameters
@@ -223,22 +251,27 @@ def draw_scenario(
         Chooses the cells of ``subset`` and ``scattered``.
     min_controls
         The fewest ``same_group`` controls that a verdict can rest on.
+    other
+        For a sibling: what was drawn by the same ``settings``; none of its forgotten cells is drawn again.
 
     Raises
     ------
     EmptyGroupError
         If the request selects no training cell, every training cell, leaves no ``stop`` cell, or too few ``unseen``
-        cells of the same kind to compare with.
+        cells of the same kind to compare with; or if the other request leaves a sibling no cell.
     DataError
         If the query or the column cannot be used.
     """
     group = _group(obs, settings)
-    what = f"scenario {settings.model_dump()}"
+    what = f"{'scenario' if other is None else 'sibling of'} {settings.model_dump()}"
     if not group.any():
         raise EmptyGroupError(what, "a request that selects no cell", "at least one cell; check spelling and quotes")
-    forget = _selected(sets.train[group[sets.train]], settings, rng)
+    candidates = sets.train[group[sets.train]]
+    forget = _selected(candidates, settings, rng) if other is None else _apart(candidates, other.sets.forget, rng)
     if not len(forget):
-        raise EmptyGroupError(what, "no training cell (only cells the model never saw)", "at least one to forget")
+        found = "(only cells the model never saw)" if other is None else "that the other does not hold already"
+        wanted = "at least one to forget" if other is None else "a sibling of a smaller subset, or of scattered cells"
+        raise EmptyGroupError(what, f"no training cell {found}", wanted)
     retain = np.setdiff1d(sets.train, forget)
     if not len(retain):
         raise EmptyGroupError(what, "a request that selects every training cell", "some to retain; delete the model")
@@ -251,6 +284,30 @@ def draw_scenario(
     if not len(stop):
         raise EmptyGroupError(what, "no stop cell outside the request", "a larger stop share")
     return Scenario(ForgetSets(forget, retain, stop, sets.aside), group, controls)
+
+
+def draw_scenarios(
+    obs: pd.DataFrame, sets: CellSets, scenarios: Mapping[str, ScenarioSettings],
+    generator: Callable[[str], np.random.Generator], min_controls: int,
+) -> dict[str, Scenario]:  # fmt: skip
+    """Draw every scenario of a data set by :func:`draw_scenario`, siblings after those that they are siblings of.
+
+    Parameters
+    ----------
+    scenarios
+        By name, as :func:`check_siblings` accepts them; what is returned has their order.
+    generator
+        Of the draw of one name, so that no scenario shifts the draw of another.
+    """
+    requests = {name: settings for name, settings in scenarios.items() if not isinstance(settings, SiblingScenario)}
+    drawn = {
+        name: draw_scenario(obs, sets, request, generator(name), min_controls) for name, request in requests.items()
+    }
+    for name, settings in scenarios.items():
+        if isinstance(settings, SiblingScenario):
+            request, other = requests[settings.of], drawn[settings.of]
+            drawn[name] = draw_scenario(obs, sets, request, generator(name), min_controls, other=other)
+    return {name: drawn[name] for name in scenarios}
 
 
 def gene_cells(source: str, sets: CellSets, scenarios: Iterable[Scenario]) -> IntArray | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from scforget import optimisers
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE, block_of, gaussian_kl
+from scforget.search import Range
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Epoch, Loop, Trained, TrainingSettings, batches, descend, fit
@@ -33,13 +34,16 @@ class ContrastiveLatentSettings(Settings):
         Of the first phase: passes over the retained cells, by Adam, the encoder alone.
     finetune
         Recipe of the training that follows. With 0 epochs of either the original comes back bit for bit.
+
+    Ranges: the weights and the rate, as scales, a decade to either side of the single-cell paper's 1, 1 and 1e-4; up to
+    twice its 20 epochs.
     """
 
-    gamma: Annotated[float, Field(gt=0)]
-    lam: Annotated[float, Field(gt=0)]
-    learning_rate: Annotated[float, Field(gt=0)]
+    gamma: Annotated[float, Field(gt=0), Range(0.1, 10.0, log=True)]
+    lam: Annotated[float, Field(gt=0), Range(0.1, 10.0, log=True)]
+    learning_rate: Annotated[float, Field(gt=0), Range(1e-5, 1e-3, log=True)]
     batch_size: Annotated[int, Field(gt=0)]
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: Annotated[int, Field(ge=0), Range(3, 40)]
     finetune: TrainingSettings
 
 

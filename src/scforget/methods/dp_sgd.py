@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from scforget import private, seeding
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE
+from scforget.search import Range
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Epoch, Loop, Trained, adam
@@ -30,14 +31,17 @@ class DPSGDSettings(Settings):
     secure_mode
         Draw noise and batches from a cryptographically secure source instead of from the seed. Nobody can repeat or
         take away the noise then, whoever knows the seed; the model cannot be made again either.
+
+    Ranges: ε from half the least to twice the largest of the single-cell paper's 1, 10 and 50; clip and rate a
+    decade to either side of its 1 and 1e-3, all as scales; the epochs to past its 50.
     """
 
-    epsilon: Annotated[float, Field(gt=0)]
+    epsilon: Annotated[float, Field(gt=0), Range(0.5, 100.0, log=True)]
     delta: Annotated[float, Field(gt=0, lt=1)]
-    clip: Annotated[float, Field(gt=0)]
-    learning_rate: Annotated[float, Field(gt=0)]
+    clip: Annotated[float, Field(gt=0), Range(0.1, 10.0, log=True)]
+    learning_rate: Annotated[float, Field(gt=0), Range(1e-4, 1e-2, log=True)]
     batch_size: Annotated[int, Field(gt=0)]
-    epochs: Annotated[int, Field(gt=0)]
+    epochs: Annotated[int, Field(gt=0), Range(10, 60)]
     secure_mode: bool
 
     @model_validator(mode="after")

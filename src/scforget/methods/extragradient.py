@@ -19,6 +19,7 @@ from scforget.critics import Critics, CriticSettings, balanced_bce, draw, featur
 from scforget.data.splits import ForgetSets
 from scforget.errors import NonFiniteError
 from scforget.models.vae import VAE
+from scforget.search import Range
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Effort, Epoch, Loop, Part, Trained, adam, batches
@@ -43,15 +44,18 @@ class ExtragradientSettings(Settings):
         Retained cells a step, and at most so many forgotten and so many ``aside`` ones.
     epochs
         Passes over the retained cells; 0 returns the original bit for bit.
+
+    Ranges: λ and the rate as for the frozen critics; ``ttur`` from critics no faster than the model to twice the 5 of
+    the single-cell paper; at most 40 epochs, which are more steps than its release ever takes.
     """
 
     critics: CriticSettings
-    lam: Annotated[float, Field(gt=0)]
-    learning_rate: Annotated[float, Field(gt=0)]
-    ttur: Annotated[float, Field(gt=0)]
+    lam: Annotated[float, Field(gt=0), Range(0.1, 100.0, log=True)]
+    learning_rate: Annotated[float, Field(gt=0), Range(1e-5, 1e-3, log=True)]
+    ttur: Annotated[float, Field(gt=0), Range(1.0, 10.0)]
     ema_decay: Annotated[float, Field(gt=0, lt=1)]
     batch_size: Annotated[int, Field(gt=0)]
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: Annotated[int, Field(ge=0), Range(3, 40)]
 
 
 class Player(NamedTuple):

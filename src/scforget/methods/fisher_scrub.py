@@ -13,6 +13,7 @@ from scforget.curvature import require_finite
 from scforget.data.splits import ForgetSets
 from scforget.errors import NonFiniteError
 from scforget.models.vae import VAE
+from scforget.search import Range
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Effort, Epoch, Loop, Trained, TrainingSettings, fit
@@ -41,10 +42,13 @@ class FisherScrubSettings(Settings):
     finetune
         Recipe of the training on the retained cells that follows; ``max_epochs: 0`` for none. Without scrubbing
         the original then comes back bit for bit.
+
+    Ranges: α as a scale, to past the noise that wrecks the ELBO (1e-5 in ``docs/results/frontier.md``); the upper end
+    is the single-cell paper's step of the ascent.
     """
 
     variant: Literal["noise", "ascent"]
-    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False), Range(1e-9, 1e-4, log=True)]
     damping: Annotated[float, Field(gt=0)]
     draws: Annotated[int, Field(gt=0)]
     steps: Annotated[int, Field(ge=0)]

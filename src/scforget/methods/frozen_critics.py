@@ -11,6 +11,7 @@ from pydantic import Field
 from scforget.critics import CriticSettings, draw, kept_loss, refusal, trained_critics, worst_refusal
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE
+from scforget.search import Range
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Effort, Epoch, Loop, Trained, adam, batches, descend
@@ -31,13 +32,16 @@ class FrozenCriticsSettings(Settings):
         Retained cells a step, and at most so many forgotten ones.
     epochs
         Passes over the retained cells; 0 returns the original bit for bit.
+
+    Ranges: λ well beyond the 5 to 20 that the single-cell paper compared, the rate a decade to either side of its 1e-4,
+    both as scales; the epochs to past its 30.
     """
 
     critics: CriticSettings
-    lam: Annotated[float, Field(gt=0)]
-    learning_rate: Annotated[float, Field(gt=0)]
+    lam: Annotated[float, Field(gt=0), Range(0.1, 100.0, log=True)]
+    learning_rate: Annotated[float, Field(gt=0), Range(1e-5, 1e-3, log=True)]
     batch_size: Annotated[int, Field(gt=0)]
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: Annotated[int, Field(ge=0), Range(3, 40)]
 
 
 def frozen_critics(

@@ -12,6 +12,7 @@ from scforget import optimisers
 from scforget.arrays import IntArray
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE
+from scforget.search import Range
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Epoch, Loop, Trained, TrainingSettings, batches, descend, fit
@@ -32,10 +33,13 @@ class GradientAscentSettings(Settings):
         Largest L2 norm of a step's gradient.
     finetune
         Recipe of the training that follows. With 0 steps and 0 epochs the original comes back bit for bit.
+
+    Ranges: the single-cell paper compared 10 to 100 steps at rates of 1e-5 and 1e-4, which move the parameters by 0.01
+    at most; both are scales, and the rate goes a decade beyond either end.
     """
 
-    steps: Annotated[int, Field(ge=0)]
-    learning_rate: Annotated[float, Field(gt=0)]
+    steps: Annotated[int, Field(ge=0), Range(1, 100, log=True)]
+    learning_rate: Annotated[float, Field(gt=0), Range(1e-6, 1e-3, log=True)]
     batch_size: Annotated[int, Field(gt=0)]
     clip: Annotated[float, Field(gt=0)]
     finetune: TrainingSettings

@@ -11,6 +11,7 @@ from scforget.curvature import GaussNewton, newton_step
 from scforget.data.splits import ForgetSets
 from scforget.errors import NonFiniteError
 from scforget.models.vae import VAE
+from scforget.search import Range
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Loop, Trained, mean_elbo
@@ -30,9 +31,11 @@ class InfluenceSettings(Settings):
         How many steps of conjugate gradients at most; 0 returns the original bit for bit.
     tolerance
         Relative residual at which they stop sooner.
+
+    Ranges: the damping as a scale, two decades to either side of 1: from a long step to next to none.
     """
 
-    damping: Annotated[float, Field(gt=0)]
+    damping: Annotated[float, Field(gt=0), Range(0.01, 100.0, log=True)]
     draws: Annotated[int, Field(gt=0)]
     iterations: Annotated[int, Field(ge=0)]
     tolerance: Annotated[float, Field(gt=0, lt=1)]

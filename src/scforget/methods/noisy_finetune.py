@@ -13,6 +13,7 @@ from scforget import engine, optimisers
 from scforget.data.splits import ForgetSets
 from scforget.errors import DataError, NonFiniteError
 from scforget.models.vae import VAE
+from scforget.search import Range
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Epoch, Loop, Trained, batches, descend
@@ -34,14 +35,18 @@ class NoisyFinetuneSettings(Settings):
         leaves them.
     epochs
         0 returns the original bit for bit.
+
+    Ranges: as scales, σ so that the noise of 200 steps at a rate of 1e-3 adds up to between 6e-5 and 0.06 a parameter,
+    which is what a weight of a layer with 256 inputs is; the rate a decade to either side of that; the epochs to twice
+    those of ``params.yaml``.
     """
 
-    learning_rate: Annotated[float, Field(gt=0)]
-    sigma: Annotated[float, Field(ge=0)]
+    learning_rate: Annotated[float, Field(gt=0), Range(1e-4, 1e-2, log=True)]
+    sigma: Annotated[float, Field(ge=0), Range(1e-4, 1e-1, log=True)]
     clip: Annotated[float, Field(gt=0)]
     radius: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(gt=0)]
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: Annotated[int, Field(ge=0), Range(3, 40)]
 
 
 def langevin_renyi(

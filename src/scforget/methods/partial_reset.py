@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE, block_of
+from scforget.search import Follows, Range
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Trained, TrainingSettings, fit
 
@@ -17,8 +20,14 @@ class PartialResetSettings(TrainingSettings):
     ----------
     blocks
         Among ``encoder``, ``bottleneck``, ``decoder``, ``heads``; with none the original comes back bit for bit.
+
+    Ranges: the rate from the recipe's own 1e-3 to ten times that, the epochs from an unfinished decoder to a third
+    of a retrain's cost (``docs/results/frontier.md``); one cycle has no use for patience.
     """
 
+    learning_rate: Annotated[float, Field(gt=0), Range(1e-3, 1e-2, log=True)]
+    max_epochs: Annotated[int, Field(ge=0), Range(4, 30)]
+    patience: Annotated[int, Field(gt=0), Follows("max_epochs")]
     blocks: list[Literal["encoder", "bottleneck", "decoder", "heads"]]
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE
+from scforget.search import Follows, Range
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Epoch, Loop, Trained, TrainingSettings, adam, batches, descend, fit
 
@@ -23,10 +24,16 @@ class ResetDistillSettings(TrainingSettings):
         Passes over the retained cells with the original as the teacher.
     distil_learning_rate
         Adam's rate there; matching a teacher bears a higher one than training does.
+
+    Ranges: as for the partial reset; up to 6 epochs of distillation, as after eight more than four times the trace was
+    left that two leave (``docs/results/frontier.md``).
     """
 
-    distil_epochs: Annotated[int, Field(ge=0)]
-    distil_learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0), Range(1e-3, 1e-2, log=True)]
+    max_epochs: Annotated[int, Field(ge=0), Range(4, 30)]
+    patience: Annotated[int, Field(gt=0), Follows("max_epochs")]
+    distil_epochs: Annotated[int, Field(ge=0), Range(1, 6)]
+    distil_learning_rate: Annotated[float, Field(gt=0), Range(1e-3, 1e-2, log=True)]
 
 
 def reset_distill(

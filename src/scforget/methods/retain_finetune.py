@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE
+from scforget.search import Range
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Trained, TrainingSettings, fit
 
 
 class RetainFinetuneSettings(TrainingSettings):
-    """The training recipe of the fine-tuning; ``max_epochs: 0`` returns the original bit for bit."""
+    """The training recipe of the fine-tuning; ``max_epochs: 0`` returns the original bit for bit.
+
+    Ranges: the rate from a tenth of the single-cell paper's 1e-4, which forgets next to nothing
+    (``docs/results/frontier.md``), to three times what training takes; the epochs to past its 50.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0), Range(1e-5, 3e-3, log=True)]
+    max_epochs: Annotated[int, Field(ge=0), Range(5, 60, log=True)]
 
 
 def retain_finetune(

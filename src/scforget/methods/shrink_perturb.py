@@ -9,6 +9,7 @@ from pydantic import Field
 
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE
+from scforget.search import Follows, Range
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Trained, TrainingSettings, fit
 
@@ -20,9 +21,14 @@ class ShrinkPerturbSettings(TrainingSettings):
     ----------
     lam
         λ, the share of the original's parameters; 1 returns the original bit for bit, 0 is a retrain.
+
+    Ranges: λ short of the original itself; the rest as for the partial reset.
     """
 
-    lam: Annotated[float, Field(ge=0, le=1)]
+    learning_rate: Annotated[float, Field(gt=0), Range(1e-3, 1e-2, log=True)]
+    max_epochs: Annotated[int, Field(ge=0), Range(4, 30)]
+    patience: Annotated[int, Field(gt=0), Follows("max_epochs")]
+    lam: Annotated[float, Field(ge=0, le=1), Range(0.0, 0.9)]
 
 
 @torch.no_grad()

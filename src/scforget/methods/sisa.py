@@ -15,6 +15,7 @@ from scforget.data.splits import ForgetSets
 from scforget.errors import EmptyGroupError
 from scforget.models.mixture import Mixture, members_of
 from scforget.models.vae import VAE
+from scforget.search import Range
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Effort, Epoch, Loop, Trained, TrainingSettings, adam, train_epoch
@@ -36,11 +37,14 @@ class SISASettings(Settings):
         Of each stage. There is no early stopping: cells that decide would tie the result to the request.
     kl_warmup_epochs
         Counted over a member's stages.
+
+    Ranges: from the fewest shards to members of some fifty cells on the smallest data set; the epochs to half as many
+    again as ``params.yaml`` has.
     """
 
-    shards: Annotated[int, Field(ge=4)]
+    shards: Annotated[int, Field(ge=4), Range(4, 6)]
     slices: Annotated[int, Field(gt=0)]
-    epochs: Annotated[int, Field(gt=0)]
+    epochs: Annotated[int, Field(gt=0), Range(5, 60)]
     learning_rate: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(gt=0)]
     kl_warmup_epochs: Annotated[int, Field(ge=0)]

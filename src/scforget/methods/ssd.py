@@ -14,6 +14,7 @@ from scforget import fisher
 from scforget.curvature import require_finite
 from scforget.data.splits import ForgetSets
 from scforget.models.vae import VAE
+from scforget.search import Choice, Range
 from scforget.settings import Settings
 from scforget.tasks import VaeTask
 from scforget.training import Checkpoint, Effort, Trained
@@ -40,13 +41,15 @@ class SSDSettings(Settings):
         weighted by its share of the cells, I_F/I_D never exceeds |D|/|F|: with ``D`` an α beyond selects none.
     draws
         Latent draws per cell of the Fisher information.
+
+    Ranges: α and λ as scales, the source's 10 and 1 inside; α to far beyond the 5 where the single-cell paper stopped.
     """
 
     variant: Literal["selective", "max_normalised"]
     action: Literal["dampen", "zero"]
-    alpha: Annotated[float, Field(ge=0)]
-    lam: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    reference: Literal["D", "R"]
+    alpha: Annotated[float, Field(ge=0), Range(0.1, 100.0, log=True)]
+    lam: Annotated[float, Field(ge=0, allow_inf_nan=False), Range(0.01, 10.0, log=True)]
+    reference: Annotated[Literal["D", "R"], Choice("D", "R")]
     draws: Annotated[int, Field(gt=0)]
 
     @model_validator(mode="after")
