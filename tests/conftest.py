@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 from scipy import sparse
 
+from scforget import tracking
 from scforget.data.splits import ForgetSets
 from scforget.data.synthetic import PRESETS, simulate
 from scforget.models.vae import VAESettings
 from scforget.tasks import VaeTask
+from servers import Postgres, postgres_programs, postgres_server
 
 ARCHITECTURE: dict[str, Any] = {
     "hidden": [16, 8], "latent": 4, "likelihood": "nb", "dispersion": "gene-cell", "dropout": 0.1,
@@ -28,6 +31,13 @@ RECIPE: dict[str, Any] = {
 def _one_thread() -> None:
     """Models are so small here that waking a second thread costs more than it saves: four times the whole run."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _stores_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process asks a dead server once and says so once; here many tests share a process."""
+    monkeypatch.setattr(tracking, "_given_up", {})
+    monkeypatch.setattr(tracking, "_said", set())
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +79,20 @@ def recipe() -> Callable[..., dict[str, Any]]:
         return {**RECIPE, **changes}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster() -> Iterator[Postgres]:
+    """PostgreSQL for this test run; without it its tests are skipped, but not where they must run."""
+    programs = postgres_programs()
+    if programs is None:
+        why = "Debian's `postgresql` is not installed (no initdb under /usr/lib/postgresql)"
+        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
+    with postgres_server(programs) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres(postgres_cluster: Postgres) -> str:
+    """Address of a new, empty database of PostgreSQL's; mark tests that use it ``postgres``."""
+    return postgres_cluster.address(postgres_cluster.database())

@@ -55,12 +55,12 @@ def made(tmp_path_factory) -> Path:
 
 
 def outs(root: Path) -> dict[str, bytes]:
-    """Every file that a stage could have left, but for the models that a later run takes up."""
+    """Every file that a stage could have left, but for the models that a later run takes up, and a lock."""
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for top in ("work", "results", "report", "mlruns")
         for path in (root / top).rglob("*")
-        if path.is_file() and ".resume" not in path.parts
+        if path.is_file() and ".resume" not in path.parts and path.name != ".lock"
     }
 
 

@@ -15,6 +15,7 @@ from scforget.errors import (
     EmptyGroupError,
     NonFiniteError,
     ScforgetError,
+    StudyError,
     TooManyDivergedError,
     TrackingError,
     WorkerError,
@@ -37,6 +38,7 @@ EXAMPLES: list[tuple[ScforgetError, int, dict[str, object], str]] = [
     ),
     (WorkerError(), 3, {}, "a worker process was killed"),
     (ArtifactError(Path("work/a"), "damaged"), 3, {"path": Path("work/a"), "why": "damaged"}, "work/a: damaged"),
+    (StudyError("db", "refused"), 3, {"address": "db", "why": "refused"}, "study storage db: refused"),
     (TrackingError("http://h", "refused"), 5, {"uri": "http://h", "why": "refused"}, "MLflow at http://h: refused"),
 ]  # fmt: skip
 KINDS = [type(error).__name__ for error, *_ in EXAMPLES]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from scforget import engine, schema, seeding
+from scforget import engine, schema, seeding, tracking
 from scforget.artifacts import Workspace
 from scforget.errors import ConfigError, TrackingError
+from scforget.methods import METHODS
 from scforget.pipeline import Inputs, Item, Pipeline, dvc_md5
 from scforget.tracking import Store
 
@@ -61,31 +61,56 @@ class Context:
         with suppress(TrackingError):  # `track` will say so, when the results are on disk
             _ = self._store
 
-    def track(self, part: Inputs | None = None) -> None:
-        """Log what the stage, or a part of it, left on disk.
+    def track(self, part: Inputs | None = None, study: Path | None = None) -> None:
+        """Log what the stage, or a part of it, or a study in a folder of its own, left on disk.
 
         Under DVC a failure is a line, no error: DVC would delete the results.
         """
         from scforget import replay
 
         try:
-            for run in replay.runs(self.workspace, part or self.inputs):
+            inputs = part or self.inputs
+            found = replay.studies(self.workspace, inputs, study) if study else replay.runs(self.workspace, inputs)
+            for run in found:
                 self._store.log(run, "live")
         except TrackingError as error:
             if "DVC_STAGE" not in os.environ:
                 raise
-            print(f"scforget: {error}", file=sys.stderr)
+            tracking.say(error)
 
 
 def open_item(stage: str, *keys: str) -> Context:
     """Check settings and names; hash what the item depends on."""
-    root = Path.cwd()
-    params = schema.load(root / "params.yaml")
-    pipeline = Pipeline(root)
+    root, params, pipeline = _project()
     item = Item(stage, keys)
     if item not in (known := pipeline.items(stage)):
         names = ", ".join(" ".join(other.keys) for other in known)
         why = f"{stage} {' '.join(keys)} is not part of it; it has {names}"
         raise ConfigError(root / "params.yaml", "pipeline", why)
-    engine.start(params.compute, params.datasets[keys[0]].largest_product)
+    return _opened(root, params, pipeline, item)
+
+
+def open_sweep(method: str, dataset: str | None, scenario: str) -> Context:
+    """Open a sweep, which may be of any method, for a request of the pipeline."""
+    root, params, pipeline = _project()
+    path, datasets = root / "params.yaml", params.pipeline.datasets
+    if dataset is None and len(datasets) > 1:
+        raise ConfigError(path, "pipeline.datasets", f"there are {', '.join(datasets)}; say which with --dataset")
+    dataset = dataset or datasets[0]
+    for name, known in ((method, METHODS), (dataset, params.datasets)):
+        if name not in known:
+            raise ConfigError(path, name, f"not known; there are {', '.join(known)}")
+    if dataset not in datasets or scenario not in params.pipeline.scenarios:
+        why = f"{dataset} {scenario} is not in it, and a sweep is judged by its retrained models; add it, `dvc repro`"
+        raise ConfigError(path, "pipeline", why)
+    return _opened(root, params, pipeline, Item("sweep", (dataset, scenario, method)))
+
+
+def _project() -> tuple[Path, schema.Params, Pipeline]:
+    root = Path.cwd()
+    return root, schema.load(root / "params.yaml"), Pipeline(root)
+
+
+def _opened(root: Path, params: schema.Params, pipeline: Pipeline, item: Item) -> Context:
+    engine.start(params.compute, params.datasets[item.keys[0]].largest_product)
     return Context(Workspace(root), params, pipeline.inputs(item))

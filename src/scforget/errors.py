@@ -94,10 +94,22 @@ class ArtifactError(ScforgetError):
 
 
 class TrackingError(ScforgetError):
-    """The MLflow store does not answer; results are on disk all the same."""
+    """The MLflow store does not answer; results are on disk all the same. ``advice`` says how to go on."""
 
     exit_code = 5
 
-    def __init__(self, uri: str, why: str) -> None:
+    def __init__(
+        self, uri: str, why: str, advice: str = "results are on disk, run `scforget track` when it answers"
+    ) -> None:
         self.uri, self.why = uri, why
-        super().__init__(f"MLflow at {uri}: {why}; results are on disk, run `scforget track` when it answers")
+        super().__init__(f"MLflow at {uri}: {why}; {advice}")
+
+
+class StudyError(ScforgetError):
+    """The storage of a study cannot be reached or read."""
+
+    exit_code = 3
+
+    def __init__(self, address: str, why: str) -> None:
+        self.address, self.why = address, why
+        super().__init__(f"study storage {address}: {why}; finished trials are safe: run the same command again")

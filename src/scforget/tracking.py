@@ -2,35 +2,74 @@
 
 MLflow's store is a view, not the record: a run is built from files that are already on disk, found again by its
 fingerprint, and can be rebuilt at any time. So whatever happens here, no result is lost.
+
+The store is the project's own SQLite, or a team's server. Processes of one project take turns by a file lock. Machines
+that share a server have none: both may make the same run. Of such twins all who meet them keep the same one.
 """
 
 from __future__ import annotations
 
 import getpass
+import json
 import logging
 import math
 import os
+import platform
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 from filelock import FileLock
 
 from scforget.errors import ScforgetError, TrackingError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+    from mlflow.entities import Run as Found
 
 EXPERIMENT = "scforget"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for trained models, not for LLM traces
 _FORBIDDEN = re.compile(r"[^\w\-. :/]", re.ASCII)  # in a metric's name; cell types may hold any sign
 _LONGEST_KEY = 250
+_ABANDONED = 3600  # seconds after which an unfinished run of another machine is taken for cut off
+# Stores that failed in this process, by address: a stage shall wait for a dead server once, not for each of its runs.
+_given_up: dict[str, TrackingError] = {}
+_said: set[str] = set()
+
+
+def _view(title: str, condition: str, order: str, columns: tuple[str, ...]) -> str:
+    """A saved view of the runs table, as MLflow 3.17 keeps it; undocumented, so all that may be lost is the view."""
+    state = {"searchFilter": condition, "orderByKey": order, "orderByAsc": True, "selectedColumns": columns}
+    return json.dumps({"name": title, "createdAt": 1, "state": json.dumps(state)})
+
+
+# MLflow's runs table shows none of our columns by itself.
+_VIEWS = {
+    "mlflow.sharedViewState.audits": _view(
+        "audited methods", "tags.kind = 'comparison'", "metrics.`audit/membership/difference`",
+        ("tags.`scenario`", "tags.`method`", "tags.`verdict`", "tags.`utility_verdict`",
+         "metrics.`audit/membership/difference`", "metrics.`audit/trace/difference`",
+         "metrics.`audit/worst_attack/auc`", "metrics.`utility/elbo`", "metrics.`utility/marker_r`",
+         "metrics.`cost/passes_ratio`", "metrics.`cost/seconds`"),
+    ),
+    "mlflow.sharedViewState.studies": _view(
+        "searches for settings", "tags.kind = 'study'", "metrics.`tuned/final/distance`",
+        ("tags.`scenario`", "tags.`method`", "tags.`best.settings`", "tags.`best.verdict`",
+         "metrics.`default/final/distance`", "metrics.`tuned/development/distance`", "metrics.`tuned/final/distance`",
+         "metrics.`retrain/distance`", "metrics.`tuned/final/cost`", "metrics.`study/trials`"),
+    ),
+}  # fmt: skip
 
 
 class DatasetInput(NamedTuple):
@@ -54,6 +93,9 @@ class Run:
         Metrics by step (epoch).
     artifacts
         Makes the content by path within the run; called only when the run is created.
+    tables
+        Makes tables by path (``….json``) within the run, which MLflow's UI shows as such; called only then, too.
+        MLflow keeps 10 decimals of a number.
     """
 
     name: str
@@ -63,6 +105,7 @@ class Run:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     curves: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     artifacts: Callable[[], Mapping[str, bytes]] = dict
+    tables: Callable[[], Mapping[str, pd.DataFrame]] = dict
     dataset: DatasetInput | None = None
     children: tuple[Run, ...] = ()
 
@@ -72,12 +115,31 @@ def home(root: Path) -> Path:
     return Path(os.environ.get("DVC_ROOT") or root).resolve()
 
 
+def _apart(address: str) -> tuple[str, str]:
+    """Take ``user:password`` out of an address: the address without, and what was taken out."""
+    scheme, _, rest = address.partition("://")
+    if not rest or scheme == "sqlite":
+        return address, ""
+    user, _, place = rest.rpartition("@")  # the last one: a password may hold others
+    return f"{scheme}://{place}", user
+
+
+def without_user(address: str, message: str) -> tuple[str, str]:
+    """An address and the first line of a message about it, both without the user and password in it, for people."""
+    shown, user = _apart(address)
+    line = message.splitlines()[0]
+    return shown, (line.replace(user, "***") if user else line)[:200]
+
+
 def uri(root: Path) -> str:
     """Address of the store: ``MLFLOW_TRACKING_URI`` if set, else SQLite under ``mlruns/``.
 
     A relative SQLite path is meant from the project's folder: from a temporary copy of it the runs would be lost.
+    A server's address comes without user and password, as it is shown to people; :func:`warm_up` hands them to MLflow.
     """
     address = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlruns/mlflow.db"
+    if address.startswith("http"):
+        return _apart(address)[0]
     path = address.removeprefix("sqlite:///")
     if path == address or path.startswith("/"):
         return address
@@ -106,22 +168,40 @@ def _user() -> str:
 @contextmanager
 def _explained(address: str) -> Iterator[None]:
     """Whatever MLflow or its database raises becomes one line; it has dozens of kinds, none of them our bug."""
+    if address in _given_up:
+        raise _given_up[address]
     try:
         yield
     except ScforgetError:
         raise
     except Exception as error:
-        why = str(error).strip().splitlines()
-        raise TrackingError(address, (why[0] if why else type(error).__name__)[:200]) from error
+        said = str(error).strip() or type(error).__name__
+        said = said.rpartition("(Caused by ")[2]  # of a server that is away, the last words say why
+        _given_up[address] = TrackingError(*without_user(address, said))
+        raise _given_up[address] from error
+
+
+def say(error: TrackingError) -> None:
+    """Print why runs are not in MLflow; the same line once in a process, however many runs it concerns."""
+    if str(error) not in _said:
+        print(f"scforget: {error}", file=sys.stderr)
+    _said.add(str(error))
 
 
 def warm_up() -> None:
     """Import MLflow, which takes a second that a stage has while its models are made; settings come before."""
+    address, user = _apart(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if user and address.startswith("http"):  # MLflow prints addresses, but not its variables
+        name, _, password = user.partition(":")
+        os.environ |= {"MLFLOW_TRACKING_URI": address, "MLFLOW_TRACKING_USERNAME": unquote(name)}
+        if password:
+            os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
     # An unreachable server shall cost seconds, not the minutes of MLflow's default retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for each of hundreds of runs
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow.tracking  # noqa: F401
 
@@ -145,26 +225,43 @@ class Store:
         from mlflow import MlflowClient
 
         self._root, self.uri = root, uri(root)
-        local = self.uri.startswith("sqlite")
+        self._local = self.uri.startswith("sqlite")
         # Two processes that create the schema at once destroy each other's migration, and two that find a run missing
         # would both create it.
-        self._lock = FileLock(home(root) / "mlruns" / ".lock", timeout=120) if local else nullcontext()
-        location = str(home(root) / "mlruns" / "artifacts") if local else None
+        self._lock = FileLock(home(root) / "mlruns" / ".lock", timeout=120)
         with _explained(self.uri):
-            if local:
-                (home(root) / "mlruns").mkdir(exist_ok=True)
+            (home(root) / "mlruns").mkdir(exist_ok=True)
         with _explained(self.uri), self._lock:
             self._client: MlflowClient = MlflowClient(self.uri)
-            found = self._client.get_experiment_by_name(EXPERIMENT)
-            self._experiment: str = (
-                found.experiment_id if found else self._client.create_experiment(EXPERIMENT, location, tags=_KIND)
-            )
-        if found and local and found.artifact_location.removeprefix("file://") != location:
-            why = f"was made for artifacts in {found.artifact_location}; the project moved: delete mlruns/mlflow.db"
+            opened = self._open()
+        self._experiment: str = opened.experiment_id
+        if self._local and opened.artifact_location.removeprefix("file://") != self._location():
+            why = f"was made for artifacts in {opened.artifact_location}; the project moved: delete mlruns/mlflow.db"
             raise TrackingError(self.uri, why)
-        self._common = {**git_tags(root), "mlflow.source.name": "scforget", "mlflow.user": _user()}
+        writer = sha256(f"{platform.node()} {home(root)}".encode()).hexdigest()[:12]  # those who share the lock
+        self._common = {**git_tags(root), "mlflow.source.name": "scforget", "mlflow.user": _user(), "writer": writer}
         if os.environ.get("DVC_EXP_NAME"):
             self._common["dvc.exp"] = os.environ["DVC_EXP_NAME"]
+
+    def _location(self) -> str | None:
+        """Where artifacts are put; a server knows by itself."""
+        return str(home(self._root) / "mlruns" / "artifacts") if self._local else None
+
+    def _open(self) -> Experiment:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            try:
+                self._client.create_experiment(EXPERIMENT, self._location(), tags=_KIND)
+            except MlflowException as error:  # another machine was quicker
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = self._client.get_experiment_by_name(EXPERIMENT)
+        for key, view in _VIEWS.items():
+            if key not in found.tags:
+                self._client.set_experiment_tag(found.experiment_id, key, view)
+        return found
 
     def log(self, run: Run, source: str) -> bool:
         """Find the run by its fingerprint, or create it with everything nested in it.
@@ -180,18 +277,28 @@ class Store:
             Whether it was created.
         """
         with _explained(self.uri), self._lock:
-            condition = f"tags.fingerprint = '{run.fingerprint}'"
-            finished = False
-            for found in self._client.search_runs([self._experiment], condition):
-                if found.info.status == "FINISHED":
-                    finished = True
-                else:  # cut off half-way: start again
-                    nested = f"tags.`mlflow.parentRunId` = '{found.info.run_id}'"
-                    for cut_off in [*self._client.search_runs([self._experiment], nested), found]:
-                        self._client.delete_run(cut_off.info.run_id)
-            if not finished:
-                self._create(run, source, None)
-            return not finished
+            if self._settle(run.fingerprint):
+                return False
+            self._create(run, source, None)
+            self._settle(run.fingerprint)  # another machine may have made it meanwhile
+            return True
+
+    def _settle(self, fingerprint: str) -> bool:
+        """Remove what was cut off half-way, and all finished runs but the first; say whether there is that one."""
+        found = self._client.search_runs([self._experiment], f"tags.fingerprint = '{fingerprint}'")
+        finished = [run for run in found if run.info.status == "FINISHED"]
+        kept = min(finished, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
+        for run in found:
+            if run is not kept and (run.info.status == "FINISHED" or self._cut_off(run)):
+                nested = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+                for one in [*self._client.search_runs([self._experiment], nested), run]:
+                    self._client.delete_run(one.info.run_id)
+        return kept is not None
+
+    def _cut_off(self, run: Found) -> bool:
+        """Whether nobody is writing an unfinished run: who shares our lock does not, and another machine may be."""
+        ours = self._local or run.data.tags.get("writer") == self._common["writer"]
+        return ours or bool(run.info.start_time < (time.time() - _ABANDONED) * 1000)
 
     def _create(self, run: Run, source: str, parent: str | None) -> None:
         tags = {**self._common, **run.tags, "fingerprint": run.fingerprint, "source": source}
@@ -209,6 +316,8 @@ class Store:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
                 self._client.log_artifacts(run_id, folder)
+        for name, table in run.tables().items():
+            self._client.log_table(run_id, table, name)
         for child in run.children:
             self._create(child, source, run_id)
         self._client.set_terminated(run_id, "FINISHED")
