@@ -75,6 +75,7 @@ def shrink(root: Path) -> None:
     edit(root, "retrain", "seeds", value=[0, 1, 2])
     edit(root, "audit", "bootstrap_draws", value=50)
     edit(root, "audit", "null_draws", value=200)
+    edit(root, "sweep", "methods", value=[])
 
 
 ITEMS = [
@@ -109,7 +110,7 @@ class Tracked(NamedTuple):
     params: dict[str, str]
     metrics: dict[str, float]
     curve: list[tuple[int, float]]
-    files: set[str]
+    files: dict[str, bytes]
     parent: str | None
     dataset: list[tuple[str, str]]
 
@@ -133,7 +134,7 @@ def tracked(root: Path) -> dict[str, Tracked]:
         found[tags["fingerprint"]] = Tracked(
             run.info.run_name, run.info.status, {key: tags[key] for key in OWN if key in tags}, run.data.params,
             run.data.metrics, sorted((point.step, point.value) for point in points),
-            {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()},
+            {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()},
             parent and parent.data.tags["fingerprint"],
             [(data.dataset.name, data.dataset.digest) for data in run.inputs.dataset_inputs],
         )  # fmt: skip
@@ -217,10 +218,10 @@ def test_repro_tracks_every_item_with_its_models_nested(project):
     runs = project.runs.values()
     assert {run.status for run in runs} == {"FINISHED"}
     parents = [run for run in runs if run.parent is None]
-    # reference gives two rows of the comparison, audit one for each method; track is no run.
+    # reference gives two rows of the comparison, audit one for each method and one of all; track is no run.
     stages = sorted(run.tags["stage"] for run in parents)
     once = ["prepare", "split", "train", "retrain", "shadows", "report"]
-    assert stages == sorted([*once, *["unlearn"] * 2, *["audit"] * 4])
+    assert stages == sorted([*once, *["unlearn"] * 2, *["audit"] * 5])
     rows = {run.tags["method"]: run for run in parents if run.tags.get("kind") == "comparison"}
     assert set(rows) == {"original", "retrain", *METHODS}
     for method, models in (("original", 2), ("retrain", 3), ("ssd", 2), ("partial_reset", 2)):
@@ -229,16 +230,21 @@ def test_repro_tracks_every_item_with_its_models_nested(project):
         assert sorted(child.tags["seed"] for child in children) == [str(seed) for seed in range(models)]
         assert all("audit/elbo/auc" in child.metrics for child in children)
         assert {"audit/elbo/auc", "utility/elbo", "cost/seconds", "cost/passes"} <= set(rows[method].metrics)
-        own = {"cells.csv", "cell_scores.png"} if method in METHODS else set()
-        assert {"result.json", "roc.png", "score_histograms.png", *own} == rows[method].files
+        own = {"cells.csv", "cells.json", "cell_scores.png"} if method in METHODS else set()
+        assert {"result.json", "roc.png", "score_histograms.png", *own} == set(rows[method].files)
         assert rows[method].dataset[0][0] == "tiny"
+    (compared,) = [run for run in parents if run.tags.get("kind") == "comparison_table"]
+    table = json.loads(compared.files["comparison.json"])
+    assert [row[0] for row in table["data"]][:2] == ["original", "retrain"]
+    verdict = table["columns"].index("verdict")
+    assert {row[0]: row[verdict] for row in table["data"]} == {name: run.tags["verdict"] for name, run in rows.items()}
     (trained,) = [run for run in parents if run.tags["stage"] == "train"]
     curves = [run.curve for run in runs if run.tags["stage"] == "train" and run.parent]
     assert [[step for step, _ in curve] for curve in curves] == [[1, 2, 3]] * 2
     assert trained.params["training.max_epochs"] == "3"
-    assert {"result.json", "history.csv", "cost.json", "training_curves.png"} == trained.files
+    assert {"result.json", "history.csv", "cost.json", "training_curves.png"} == set(trained.files)
     (report,) = [run for run in parents if run.tags["stage"] == "report"]
-    assert {"summary.json", "report.html", "tables/tiny-half.csv"} <= report.files
+    assert {"summary.json", "report.html", "tables/tiny-half.csv"} <= set(report.files)
 
 
 def test_models_are_plain_tensors_one_a_seed(project):
@@ -265,9 +271,9 @@ def test_track_rebuilds_every_run_that_mlflow_lost(project, shell):
     before = tracked(project.root)
     shutil.rmtree(project.root / "mlruns")
     said = shell.run(project.root, "scforget", "track")
-    assert "track: 12 runs created, 0 known already" in said
+    assert "track: 13 runs created, 0 known already" in said
     assert tracked(project.root) == before
-    assert "track: 0 runs created, 12 known already" in shell.run(project.root, "scforget", "track")
+    assert "track: 0 runs created, 13 known already" in shell.run(project.root, "scforget", "track")
 
 
 def test_stage_forced_to_run_again_takes_its_finished_models(project, shell):
@@ -292,15 +298,15 @@ def test_one_setting_of_one_method_makes_that_method_alone_and_going_back_restor
     assert moved
     assert all("/tiny/half/ssd/" in path for path in moved)
     after = tracked(root)
-    new = {after[fingerprint].tags["method"] for fingerprint in set(after) - set(project.runs)}
-    assert new == {"ssd"}
-    assert len(after) == len(project.runs) + 2 * (1 + 2)  # unlearn and audit, each with two models
+    new = {after[fingerprint].tags.get("method", "all") for fingerprint in set(after) - set(project.runs)}
+    assert new == {"ssd", "all"}
+    assert len(after) == len(project.runs) + 2 * (1 + 2) + 1  # unlearn and audit, each with two models; comparison
 
     (root / "params.yaml").write_bytes(params)
     log = shell.dvc(root, "repro")
     assert ran(log) == ["track"]
     assert skipped(log) == ["unlearn@tiny-half", "audit@tiny-half"]
-    assert "track: 0 runs created, 12 known already" in log
+    assert "track: 0 runs created, 13 known already" in log
     assert contents(root / "work", root / "results", root / "report") == project.files
     assert tracked(root) == after
 

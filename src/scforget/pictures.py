@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scforget.artifacts import Arrays, Workspace, read_arrays, read_json, read_table
 from scforget.audit import utility
-from scforget.report import cells, figures
-from scforget.report.tables import bounds
-from scforget.results import REFERENCES
+from scforget.report import cells, comparisons, figures
+from scforget.report.tables import bounds, ordered
+from scforget.results import REFERENCES, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +34,29 @@ def _cells(workspace: Workspace, dataset: str, scenario: str, method: str, title
         return {}
     band = bounds(read_json(folder / "result.json"), "exposure", "null_band")
     return {"cell_scores": cells.cell_scores(read_table(folder / "cells.csv"), band, title)}
+
+
+def compared(workspace: Workspace, dataset: str, scenario: str, audits: Mapping[str, Record]) -> dict[str, Figure]:
+    """All methods of a scenario on common axes; by file stem.
+
+    Parameters
+    ----------
+    audits
+        method -> record with its ``cost``, ``original`` and ``retrain`` among them.
+    """
+    reference = read_arrays(workspace.results("reference", dataset, scenario) / "scores.npz")
+    forget, controls = reference["forget"], reference["same_group"]
+    curves = {}
+    for method in ordered(audits):
+        _, scores = _scores(workspace, dataset, scenario, method)
+        values = scores[f"{method}/{_SCORE}"]
+        curves[method] = values[:, forget], values[:, controls]
+    return {
+        "distance_against_passes": comparisons.distance_against_passes(audits, scenario),
+        "distance_to_target": comparisons.distance_to_target(audits),
+        "attack_grid": comparisons.attack_grid(audits),
+        "roc_overlay": comparisons.roc_overlay(curves, audits, scenario),
+    }
 
 
 def audited(workspace: Workspace, dataset: str, scenario: str, method: str) -> dict[str, Figure]:

@@ -6,6 +6,8 @@ path for both, so a rebuilt store holds the same parameters, metrics, curves and
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scforget import pictures, results
+from scforget import measures, pictures, results
 from scforget.artifacts import Workspace, read_bytes, read_json, read_table
 from scforget.pipeline import Inputs, Item
 from scforget.report.figures import png_bytes, training_curves
+from scforget.study_runs import study_run
 from scforget.tracking import DatasetInput, Run, flatten
 
 Record = dict[str, Any]
 Artifacts = Callable[[], Mapping[str, bytes]]
+Tables = Callable[[], Mapping[str, pd.DataFrame]]
 _POPULATIONS = ("train", "retrain", "shadows", "unlearn")
 
 
@@ -48,83 +52,22 @@ def _dataset(inputs: Inputs, context: str) -> DatasetInput | None:
     return None
 
 
-def _numbers(record: Record, prefix: str) -> dict[str, float]:
-    """Flatten to slash-separated metric keys; only numbers and truth values survive."""
-    flat = {f"{prefix}{key.replace('.', '/')}": value for key, value in flatten(record).items()}
-    return {key: float(value) for key, value in flat.items() if isinstance(value, int | float)}
-
-
-def _evidence(record: Record) -> dict[str, float]:
-    """What stands under the verdict, as far as it was measured."""
-    worst, models = record.get("worst_attack") or {}, record.get("population") or {}
-    found = {f"worst_attack/{key}": (worst.get("worst") or {}).get(key) for key in ("auc", "p_adjusted")}
-    found |= {key: models.get(key) for key in ("forgetting_quality",)}
-    found |= {f"klom/{key}": (models.get("klom") or {}).get(key) for key in ("value", "excess")}
-    found["u_lira/auc"] = (models.get("u_lira") or {}).get("auc")
-    for name, bound in (models.get("epsilon_bounds") or {}).items():
-        found[f"epsilon_bound/{name}"] = bound.get("epsilon")
-    found["exposed_share"] = (record.get("exposure") or {}).get("above_null")
-    return _numbers(found, "audit/")
-
-
-def audit_metrics(record: Record) -> dict[str, float]:
-    """What a person compares methods by: ``audit/…``, ``utility/…``, ``cost/…``."""
-    metrics: dict[str, float] = {}
-    for attack, by_control in record["attacks"].items():
-        for control, row in by_control.items():
-            place = "audit" if control == "same_group" else f"other_controls/{control}"
-            keys = ("auc", "signed", "advantage", "distance_to_retrain")
-            metrics |= _numbers({key: row.get(key) for key in keys}, f"{place}/{attack}/")
-    for statistic, row in (record.get("primary") or {}).items():
-        shown = ("mean", "target_mean", "difference", "p_tost", "power", "noise_floor")
-        metrics |= _numbers({key: row.get(key) for key in shown}, f"audit/{statistic}/")
-        metrics |= _numbers(dict(zip(("low", "high"), row["interval"], strict=True)), f"audit/{statistic}/")
-    metrics |= _evidence(record)
-    for name in ("noise_floor", "design_power"):
-        metrics |= _numbers(record.get(name) or {}, f"audit/{name}/")
-    for place, prefix in (("outside", "utility/"), ("inside", "utility/inside/")):
-        metrics |= _numbers({key: row["mean"] for key, row in record["utility"].get(place, {}).items()}, prefix)
-    return metrics | _numbers(record.get("cost") or {}, "cost/")
-
-
-def _seed_metrics(record: Record, index: int) -> dict[str, float]:
-    """The same of one model of a population."""
-    metrics = {}
-    for attack, by_control in record["attacks"].items():
-        row = by_control["same_group"]
-        metrics[f"audit/{attack}/auc"] = row["per_seed"][index]
-        if intervals := row.get("per_seed_intervals"):
-            metrics |= {
-                f"audit/{attack}/{end}": value for end, value in zip(("low", "high"), intervals[index], strict=True)
-            }
-    metrics["audit/trace"] = record["trace_per_seed"][index]
-    for key, row in record["utility"].get("outside", {}).items():
-        if row["per_seed"][index] is not None:
-            metrics[f"utility/{key}"] = row["per_seed"][index]
-    return metrics
-
-
 def _audited(workspace: Workspace, inputs: Inputs, item: Item, method: str, record: Record) -> Run:
     """A row of the comparison: one population that an item audited, its models nested."""
     dataset, scenario = item.keys
     record = {**record, "cost": results.cost(workspace, dataset, scenario, method)}
     fingerprint = record.get("fingerprint") or f"{inputs.fingerprint}-{method}"
     common = {**tags(Item("audit", (dataset, scenario, method))), "dvc.stage": item.name}  # or `reference`
-    verdict = {
-        "verdict": str(record.get("verdict")),
-        "utility_verdict": str(record["utility"].get("verdict")),
-        "published_criterion": str(record.get("published_criterion")),
-        "worst_attack": str(((record.get("worst_attack") or {}).get("worst") or {}).get("name")),
-    }
     children = tuple(
         Run(f"{method} seed {seed}", f"{fingerprint}-{seed}", {**common, "seed": str(seed)}, {},
-            _seed_metrics(record, index))
+            measures.seed_metrics(record, index))
         for index, seed in enumerate(record["seeds"])
     )  # fmt: skip
     return Run(
-        f"{method} {scenario} audit", fingerprint, {**common, **verdict, "kind": "comparison"},
+        f"{method} {scenario} audit", fingerprint, {**common, **measures.words(record), "kind": "comparison"},
         {"method": method, "scenario": scenario, **_params(inputs)},  # axes of the parallel-coordinates chart
-        audit_metrics(record), artifacts=_audit_artifacts(workspace, inputs.item, method),
+        measures.audit_metrics(record), artifacts=_audit_artifacts(workspace, inputs.item, method),
+        tables=_cell_tables(workspace.results(inputs.item.stage, *inputs.item.keys), record),
         dataset=_dataset(inputs, "audit"), children=children,
     )  # fmt: skip
 
@@ -135,6 +78,14 @@ def _audit_artifacts(workspace: Workspace, item: Item, method: str) -> Artifacts
         drawn = pictures.audited(workspace, item.keys[0], item.keys[1], method)
         files = {path.name: read_bytes(path) for path in sorted(folder.glob("*.*")) if path.suffix != ".npz"}
         return files | {f"{name}.png": png_bytes(figure) for name, figure in drawn.items()}
+
+    return make
+
+
+def _cell_tables(folder: Path, record: Record) -> Tables:
+    def make() -> dict[str, pd.DataFrame]:
+        path = folder / "cells.csv"  # originals and retrains have none
+        return {"cells.json": measures.cell_table(read_table(path), record)} if path.exists() else {}
 
     return make
 
@@ -154,12 +105,46 @@ def _reference_runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
     return [_audited(workspace, inputs, inputs.item, name, record) for name, record in records.items()]
 
 
+def _comparison_runs(workspace: Workspace, inputs: Inputs, records: dict[str, Record]) -> list[Run]:
+    """One run that shows all methods of a scenario in one table and on common axes.
+
+    It stands for the records that it shows: when one of them changes, it is another run. None without the reference's
+    results, which `track` then names as left out.
+    """
+    dataset, scenario = inputs.item.keys
+    path = workspace.results("reference", dataset, scenario) / "result.json"
+    if not path.exists():
+        return []
+    records = {**read_json(path), **records}
+    made_from = {name: record.get("fingerprint") or record for name, record in records.items()}
+    content = json.dumps([dataset, scenario, made_from], sort_keys=True)
+    audits = {
+        name: {**record, "cost": results.cost(workspace, dataset, scenario, name)} for name, record in records.items()
+    }
+    said = {"kind": "comparison_table", "forgotten_and_kept": ", ".join(measures.forgotten(audits)) or "none"}
+    shared = {key: value for key, value in _params(inputs).items() if not key.startswith("unlearn.")}
+
+    def make() -> dict[str, bytes]:
+        drawn = pictures.compared(workspace, dataset, scenario, audits)
+        return {f"{name}.png": png_bytes(figure) for name, figure in drawn.items()}
+
+    return [
+        Run(
+            f"comparison {dataset} {scenario}", hashlib.sha256(content.encode()).hexdigest()[:32],
+            {**tags(inputs.item), **said}, {"scenario": scenario, **shared}, measures.verdict_counts(audits),
+            artifacts=make, tables=lambda: {"comparison.json": measures.comparison_table(audits)},
+            dataset=_dataset(inputs, "audit"),
+        )
+    ]  # fmt: skip
+
+
 def _audit_runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
     folder = workspace.results(inputs.item.stage, *inputs.item.keys)
     records = {name: read_json(folder / name / "result.json") for name in inputs.params["pipeline.methods"]}
-    return [
+    rows = [
         _audited(workspace, inputs.of_method(name, {}), inputs.item, name, record) for name, record in records.items()
     ]
+    return [*rows, *_comparison_runs(workspace, inputs, records)]
 
 
 def _unlearn_runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
@@ -188,8 +173,8 @@ def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
     children = []
     for seed, row in result["seeds"].items():
         own = history[history["seed"] == int(seed)]
-        metrics = _numbers(row, "model/")
-        metrics |= _numbers(costs["seeds"].get(seed, {}), "cost/")
+        metrics = measures.numbers(row, "model/")
+        metrics |= measures.numbers(costs["seeds"].get(seed, {}), "cost/")
         children.append(
             Run(f"{item.keys[-1]} seed {seed}", f"{fingerprint}-{seed}", tags(item, seed=seed, **_said(row)),
                 metrics=metrics, curves=_curves(own))
@@ -198,8 +183,8 @@ def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
         failed = tags(item, seed=seed, failed=why)
         children.append(Run(f"{item.keys[-1]} seed {seed}", f"{fingerprint}-{seed}", failed))
     metrics = {}
-    described = [_numbers(row, "model/") for row in result["seeds"].values()]
-    for rows in (described, [_numbers(row, "cost/") for row in costs["seeds"].values()]):
+    described = [measures.numbers(row, "model/") for row in result["seeds"].values()]
+    for rows in (described, [measures.numbers(row, "cost/") for row in costs["seeds"].values()]):
         metrics |= {str(key): float(value) for key, value in pd.DataFrame(rows).mean().items()}
     artifacts = _population_artifacts(folder, history, item.name)
     made_by = tags(item, numerics=costs["machine"].get("numerics", "unknown"))
@@ -214,9 +199,18 @@ def _report_artifacts(workspace: Workspace) -> dict[str, bytes]:
     return {path.relative_to(workspace.report).as_posix(): read_bytes(path) for path in files}
 
 
+def studies(workspace: Workspace, inputs: Inputs, folder: Path | None = None) -> list[Run]:
+    """Build the runs of a finished study; ``folder`` is where it lies, if not among the pipeline's results."""
+    item = inputs.item
+    said = {**tags(item), "dvc.stage": item.name}
+    return [study_run(folder or workspace.results(item.stage, *item.keys), said, _params(inputs))]
+
+
 def runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
     """Build the tracked runs of a finished stage item: one for each model population it made or judged."""
     item = inputs.item
+    if item.stage == "sweep":
+        return studies(workspace, inputs)
     several = {"unlearn": _unlearn_runs, "reference": _reference_runs, "audit": _audit_runs}
     if item.stage in several and len(item.keys) == 2:
         return several[item.stage](workspace, inputs)
@@ -230,7 +224,7 @@ def runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
     return [
         Run(
             f"{item.keys[0]} {item.stage}", inputs.fingerprint, tags(item), _params(inputs),
-            _numbers(read_json(path), f"{item.stage}/"), artifacts=lambda: {"result.json": read_bytes(path)},
+            measures.numbers(read_json(path), f"{item.stage}/"), artifacts=lambda: {"result.json": read_bytes(path)},
             dataset=_dataset(inputs, item.stage),
         )
     ]  # fmt: skip

@@ -5,13 +5,27 @@ Built as those of :mod:`scforget.report.figures` are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scforget.attacks import LEARNED
-from scforget.report.figures import BAND, DASHES, INK, SERIES, SOFT, FloatArray, new_figure, styled
-from scforget.report.tables import PRIMARY_GROUP, Audit, Audits, bounds, dig, look, margin, number, ordered, value
+from scforget.report.figures import BAND, DASHES, INK, SERIES, SOFT, FloatArray, new_figure, roc_points, styled
+from scforget.report.tables import (
+    PRIMARY_GROUP,
+    REFERENCES,
+    Audit,
+    Audits,
+    Look,
+    bounds,
+    dig,
+    look,
+    margin,
+    number,
+    ordered,
+    value,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,6 +92,27 @@ def distance_to_target(audits: Audits) -> Figure:
     return figure
 
 
+def _apart(heights: FloatArray, gap: float) -> FloatArray:
+    """Move ascending heights in [0, 1] as little as need be, so that neighbours stand at least a gap apart."""
+    steps = np.arange(len(heights)) * gap
+    up = np.maximum.accumulate(heights - steps) + steps  # each pushed up by those below
+    return np.minimum(up, 1 - steps[::-1])  # and the topmost back under the edge
+
+
+def _names_beside(axes: Axes, points: Mapping[str, tuple[float, float]], names: Mapping[str, str]) -> None:
+    """Write names in a column of their own, each as near to the height of its point as the others leave room."""
+    if not points:
+        return
+    ranked = sorted(points, key=lambda method: (points[method][1], method))
+    ends = np.column_stack([axes.get_xlim(), axes.get_ylim()])
+    scaled = axes.transScale.transform([*ends, *(points[method] for method in ranked)])[:, 1]
+    places = _apart((scaled[2:] - scaled[0]) / (scaled[1] - scaled[0]), min(0.058, 1 / len(points)))
+    line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.4, "relpos": (0, 0.5)}
+    for method, place in zip(ranked, places, strict=True):
+        axes.annotate(names[method], points[method], (1.03, place), textcoords="axes fraction", va="center",
+                      fontsize=7.5, arrowprops=line)  # fmt: skip
+
+
 def _cost_axes(axes: Axes, margin_width: float, costs: list[float], traces: list[float]) -> None:
     """Band, axes and labels of cost against trace; symmetric-log in trace when something is very far off."""
     axes.axhspan(-margin_width, margin_width, color=BAND, linewidth=0)
@@ -108,14 +143,9 @@ def cost_against_trace(audits: Audits) -> Figure:
         axes.axhline(traces["original"], color=SOFT, linewidth=0.9, linestyle=DASHES[2])
         place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
         axes.annotate("original", (0, traces["original"]), (4, 3), **place)
-    line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.4}
-    for rank, (method, cost) in enumerate(costs.items()):
-        errors = _reach(audits[method], "trace")
-        _mark(axes, cost, traces[method], dig(audits[method], "verdict"), yerr=errors)
-        # Names stand in a column of their own in the order of the traces, so that no two meet.
-        beside = (1.03, (rank + 0.5) / len(costs))
-        axes.annotate(method, (cost, traces[method]), beside, textcoords="axes fraction", va="center", fontsize=7.5,
-                      arrowprops=line)  # fmt: skip
+    for method, cost in costs.items():
+        _mark(axes, cost, traces[method], dig(audits[method], "verdict"), yerr=_reach(audits[method], "trace"))
+    _names_beside(axes, {method: (cost, traces[method]) for method, cost in costs.items()}, {m: m for m in costs})
     _verdict_legend(figure, audits)
     return figure
 
@@ -152,6 +182,142 @@ def frontier(table: pd.DataFrame, margin_width: float) -> Figure:
         axes.set_title(f"{scenario} (hollow: held-out ELBO below the retrains')", fontweight="bold")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=7)
+    return figure
+
+
+def _front(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other one beats in both coordinates, from left to right."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points.values()):
+        if not best or y < best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def _called(method: str, audit: Audit) -> str:
+    """A method's name, and what became of the utility unless it was kept."""
+    utility = dig(audit, "utility", "verdict")
+    return f"{method} (utility {utility})" if utility in ("lost", "undetermined") else method
+
+
+def _passes_points(audits: Audits, key: str) -> dict[str, tuple[float, float]]:
+    """Passes ratio and distance to the retrains, of methods that have both; the retrains are their own target."""
+    found = {
+        method: (value(audit, "cost", "passes_ratio"), abs(value(audit, "primary", key, "difference")))
+        for method, audit in audits.items()
+        if method != "original"  # where every method starts; what it cost is not the question
+    }
+    found |= {"retrain": (1.0, 0.0)} if "retrain" in audits else {}
+    return {method: at for method, at in found.items() if np.isfinite(at).all()}
+
+
+def _margin_scale(axes: Axes, wide: float, furthest: float) -> None:
+    """Make the distances linear inside the margin and logarithmic beyond, and shade the margin."""
+    axes.axhspan(0, wide, color=BAND, linewidth=0)
+    axes.set_yscale("symlog", linthresh=wide)
+    axes.set_ylim(-0.05 * wide, 1.5 * max(furthest, wide))
+    decades = [wide * step * 10**power for power in range(9) for step in (1, 3)]
+    axes.set_yticks([0, *(at for at in decades if at <= 1.5 * furthest)])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+
+
+def _passes_panel(axes: Axes, audits: Audits, key: str) -> None:
+    """Draw one primary statistic's distance to the retrains against passes over cells."""
+    points, wide = _passes_points(audits, key), margin(audits, key)
+    start = abs(value(audits.get("original"), "primary", key, "difference"))
+    if wide:
+        _margin_scale(axes, wide, float(np.nanmax([start, 0.0, *(y for _, y in points.values())])))
+    if points and min(x for x, _ in points.values()) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    if np.isfinite(start):
+        axes.axhline(start, color=SOFT, linewidth=0.9, linestyle=DASHES[2])
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate("original", (0, start), (4, 3), **place)
+    axes.axvline(1, color=SOFT, linewidth=0.7, linestyle=DASHES[1])
+    front = np.array(_front(points)).reshape(-1, 2)
+    axes.step(front[:, 0], front[:, 1], where="post", color=SOFT, linewidth=0.8)
+    for method, (x, y) in points.items():
+        low, high = bounds(audits[method], "primary", key, "interval")
+        ends = np.array([0.0 if low <= 0 <= high else min(abs(low), abs(high)), max(abs(low), abs(high))])
+        _mark(axes, x, y, dig(audits[method], "verdict"), yerr=np.nan_to_num(np.abs(ends - y))[:, None])
+    axes.set_title(f"{key.capitalize()} (shaded: margin {number(wide, 2)})", fontweight="bold")
+    axes.set_ylabel("|difference from the retrains|")
+    _names_beside(axes, points, {method: _called(method, audits[method]) for method in points})
+
+
+@styled
+def distance_against_passes(audits: Audits, title: str = "") -> Figure:
+    """Draw how far each method is from the retrains against its passes over cells, one panel a primary statistic.
+
+    The bars are 90 % intervals of the distance, the band is the margin, and the steps join the methods that no other
+    one beats in both.
+    """
+    figure = new_figure(7.2, 3.6 + 0.26 * len(audits), title)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _passes_panel(upper, audits, "trace")
+    _passes_panel(lower, audits, "membership")
+    words = "passes over cells ÷ those of an early-stopped retrain\nsteps: no other method is both nearer and cheaper"
+    lower.set_xlabel(words)
+    _verdict_legend(figure, audits)
+    return figure
+
+
+def _mean_roc(axes: Axes, scores: tuple[FloatArray, FloatArray], **style: Any) -> None:
+    x, rates = roc_points(*scores)
+    axes.step(x, rates.mean(axis=0), where="post", **style)
+
+
+def _roc_legend(figure: Figure, looks: Iterable[Look]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [
+        Line2D([], [], color=SOFT, linestyle=DASHES[2], linewidth=1.4, label="Originals"),
+        Line2D([], [], color=INK, linewidth=0.9, label="Retrains"),
+        Patch(color=INK, alpha=0.2, linewidth=0, label="Range of the retrains"),
+    ]
+    handles += [Line2D([], [], color=s.colour, mfc=s.fill, marker=s.marker, label=s.words) for s in looks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+
+
+@styled
+def roc_overlay(curves: Mapping[str, tuple[FloatArray, FloatArray]], audits: Audits, title: str = "") -> Figure:
+    """Draw the ROC curves of all methods, each over those of the originals and the retrains: means over the models.
+
+    Parameters
+    ----------
+    curves
+        method -> (scores of members ``[M, F]``, of controls ``[M, U]``), higher = more member-like; ``original`` and
+        ``retrain`` among them.
+    audits
+        method -> audit; gives the verdicts and the AUC.
+    title
+        Above the picture.
+    """
+    methods = [name for name in curves if name not in REFERENCES]
+    columns = min(max(len(methods), 3), 5)
+    rows = -(-max(len(methods), 1) // columns)
+    figure = new_figure(1.92 * columns, 1.2 + 2.05 * rows, title)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    x, target = roc_points(*curves["retrain"])
+    for axes, method in zip(panels, methods, strict=False):
+        seen = look(dig(audits[method], "verdict"))
+        axes.fill_between(x, target.min(0), target.max(0), step="post", color=INK, alpha=0.2, linewidth=0)
+        _mean_roc(axes, curves["retrain"], color=INK, linewidth=0.9)
+        _mean_roc(axes, curves["original"], color=SOFT, linestyle=DASHES[2], linewidth=1.4)
+        _mean_roc(axes, curves[method], color=seen.colour, linewidth=1.8)
+        auc = number(value(audits[method], "attacks", "elbo", PRIMARY_GROUP, "auc"))
+        axes.set_title(f"{seen.glyph} {method}\nAUC {auc}", fontsize=8, color=seen.colour)
+        axes.set(xlim=(0, 1), ylim=(0, 1.01), box_aspect=1, xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    for axes in panels[len(methods) :]:
+        axes.set_visible(False)
+    for axes in panels[: len(methods)][-columns:]:
+        axes.set_xlabel("false positive rate", fontsize=8)
+        axes.tick_params(labelbottom=True)
+    panels[len(methods) // 2 // columns * columns].set_ylabel("true positive rate", fontsize=8)
+    _roc_legend(figure, dict.fromkeys(look(dig(audits[method], "verdict")) for method in methods))
     return figure
 
 
