@@ -5,8 +5,9 @@ export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
+STUDIES_PORT ?= 5001
 
-.PHONY: help repro test bench ui clean
+.PHONY: help repro test sweep bench ui clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -41,8 +42,11 @@ $(BIN)/.installed-bench: $(BIN)/.installed
 bench: $(BIN)/.installed-bench ## speed and memory against plain torch, scvi-tools and Opacus (LONG=1: to convergence too)
 	python -m bench.engine $(if $(LONG),--long)
 
-ui: $(BIN)/.installed ## MLflow on http://127.0.0.1:$(PORT)
-	scforget ui --port $(PORT)
+sweep: $(BIN)/.installed ## search settings of every method in sweep.full (params.yaml), after `make repro`; hours, resumes
+	dvc repro pipelines/sweep/dvc.yaml
+
+ui: $(BIN)/.installed ## MLflow on http://127.0.0.1:$(PORT), Optuna's studies on $(STUDIES_PORT)
+	scforget ui --port $(PORT) --studies-port $(STUDIES_PORT)
 
 clean: ## remove what the pipeline made (DVC's cache keeps it)
 	rm -rf work results report/figures report/tables report/report.html mlruns/mlflow.db mlruns/artifacts

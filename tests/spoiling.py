@@ -39,6 +39,7 @@ def shrink(params: Any) -> None:
     }  # fmt: skip
     params["train"]["seeds"], params["retrain"]["seeds"] = [0, 1], [0, 1, 2]
     params["audit"].update(bootstrap_draws=50, null_draws=200)
+    params["sweep"]["methods"] = []
 
 
 def tiny_project(root: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from scforget import artifacts, cli, errors, tracking
+from scforget import artifacts, cli, errors, registry, ui
 from scforget.artifacts import Workspace
 from spoiling import put
 
@@ -38,7 +38,7 @@ def command(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]
 
 def commands() -> list[tuple[tuple[str, ...], typer.models.CommandInfo]]:
     found = []
-    for app, before in ((cli.app, ()), (cli.data, ("data",))):
+    for app, before in ((cli.app, ()), (cli.data, ("data",)), (cli.searches, ("sweep",))):
         for info in app.registered_commands:
             found.append(((*before, info.name or info.callback.__name__), info))
     return found
@@ -71,7 +71,7 @@ def test_help_lists_every_command_with_the_pipeline_in_its_order(command):
 
 
 def test_no_arguments_teach_too(command):
-    for arguments in ((), ("data",)):
+    for arguments in ((), ("data",), ("sweep",)):
         _, out, err = command(*arguments)
         assert "scforget" in (out + err).splitlines()[0]
         assert "Commands" in out + err
@@ -119,6 +119,7 @@ def test_main_uses_one_thread_unless_told_otherwise(command, monkeypatch):
 def test_import_loads_nothing_heavy():
     """A command that fails at once, `--help` and shell completion shall not wait for torch."""
     heavy = ["numpy", "torch", "pandas", "scipy", "anndata", "scanpy", "mlflow", "pydantic", "matplotlib", "sklearn"]
+    heavy += ["optuna", "plotly", "psycopg"]
     code = f"import sys, scforget; a = set(sys.modules); import scforget.cli; print([m for m in {heavy} if m in a], " \
            f"[m for m in {heavy} if m in sys.modules])"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -143,6 +144,7 @@ def audited(tmp_path) -> Workspace:
     """A project with the audit of one method in one scenario, of which the records say only what is asked for here."""
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     put("pipeline", "scenarios", value=["cd56_nk"])(tmp_path)
+    put("sweep", "methods", value=[])(tmp_path)
     put("pipeline", "methods", value=["ssd"])(tmp_path)
     workspace, place = Workspace(tmp_path), ("pbmc68k", "cd56_nk")
     original = {"verdict": "NOT_FORGOTTEN", "groups": {"forget": 14}, "published_criterion": False}
@@ -210,30 +212,77 @@ def test_data_bundled_makes_the_files_that_are_under_dvc(command, tmp_path):
     assert "77c7b9b5a7bbf89a04e05ef67f243fbc.dir" in (ROOT / "data.dvc").read_text()
 
 
-def test_ui_becomes_a_server_of_the_project_s_database_for_this_machine_only(command, monkeypatch, tmp_path):
-    started: list[tuple[list[str], dict[str, str]]] = []
+def test_ui_serves_what_its_options_say(command, monkeypatch, tmp_path):
+    served = []
+    monkeypatch.setattr(ui, "serve", lambda *asked: served.append(asked))
+    assert command("ui")[0] == 0
+    assert command("ui", "--port", "5123", "--studies-port", "5124", "--storage", "postgresql://h/d")[0] == 0
+    assert served == [(tmp_path, 5000, 5001, None), (tmp_path, 5123, 5124, "postgresql://h/d")]
 
-    def become(_program: str, arguments: list[str], environment: dict[str, str]) -> None:
-        started.append((arguments, environment))
-        sys.exit(7)
 
-    monkeypatch.setattr(tracking, "Store", lambda _root: None)
-    monkeypatch.setattr(os, "execve", become)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    code, _, err = command("ui", "--port", "5123")
-    assert code == 7
-    assert err == "MLflow: http://127.0.0.1:5123 (Ctrl-C ends it)\n"
-    ((arguments, environment),) = started
-    assert arguments[:4] == [sys.executable, "-m", "mlflow", "ui"]
-    assert arguments[arguments.index("--backend-store-uri") + 1] == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
-    assert arguments[arguments.index("--host") + 1] == "127.0.0.1"
-    assert arguments[arguments.index("--port") + 1] == "5123"
-    assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    code, _, err = command("ui")
-    assert (code, err) == (1, "scforget: MLFLOW_TRACKING_URI is http://127.0.0.1:5000: open it in a browser\n")
-    assert len(started) == 1
+def test_promote_registers_what_its_arguments_say(command, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(registry, "promote", lambda *arguments: asked.append(arguments))
+    assert command("promote", "d", "s", "ssd")[0] == 0
+    assert command("promote", "d", "s", "ssd", "--seed", "3")[0] == 0
+    assert asked == [(tmp_path, "d", "s", "ssd", None), (tmp_path, "d", "s", "ssd", 3)]
+
+
+@pytest.mark.parametrize("run", [(), ("run",)], ids=["plain", "run"])
+def test_sweep_hands_on_what_it_was_asked(command, monkeypatch, run):
+    """`sweep ssd` is `sweep run ssd`."""
+    calls: list[object] = []
+    monkeypatch.setattr("scforget.sweeps.sweep.sweep", lambda *names, **options: calls.append((names, options)))
+    assert command("sweep", *run, "ssd", "--scenario", "scattered") == (0, "", "")
+    asked = ("--dataset", "pbmc", "--trials", "40", "--timeout", "60", "--storage", "postgresql://lab")
+    assert command("sweep", *run, "ssd", "--scenario", "scattered", *asked)[0] == 0
+    assert calls == [
+        (("ssd", None, "scattered"), {"trials": None, "timeout": None, "storage": None}),
+        (("ssd", "pbmc", "scattered"), {"trials": 40, "timeout": 60.0, "storage": "postgresql://lab"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("ssd",), "--scenario"),
+        (("run", "--scenario", "scattered"), "method"),
+        (("ssd", "--scenario", "s", "--trials", "0"), "--trials"),
+        (("ssd", "--scenario", "s", "--timeout", "-1"), "--timeout"),
+        (("promote",), "method"),
+    ],
+)
+def test_sweep_says_what_is_missing_or_wrong(command, monkeypatch, asked, said):
+    monkeypatch.setattr("scforget.sweeps.sweep.sweep", None)
+    code, out, err = command("sweep", *asked)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_sweep_interrupted_ends_without_a_traceback(command, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scforget.sweeps.sweep.sweep", interrupted)
+    code, out, err = command("sweep", "ssd", "--scenario", "scattered")
+    assert code in (1, 130)
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_sweep_promote_prints_what_changed_and_what_to_do(command, monkeypatch, tmp_path):
+    calls: list[tuple[object, ...]] = []
+
+    def promoted(*arguments: object) -> list[str]:
+        calls.append(arguments)
+        return ["unlearn.ssd.alpha: 5.0 -> 2.0"]
+
+    monkeypatch.setattr("scforget.sweeps.promote.promote", promoted)
+    said = "unlearn.ssd.alpha: 5.0 -> 2.0\nlook at `git diff params.yaml`, run `dvc repro`, commit\n"
+    assert command("sweep", "promote", "ssd") == (0, "", said)
+    command("sweep", "promote", "ssd", "--scenario", "scattered", "--dataset", "pbmc68k")
+    assert calls == [(tmp_path, "ssd", None, None), (tmp_path, "ssd", "pbmc68k", "scattered")]
 
 
 def test_an_unknown_command_names_itself_and_where_to_look(command):

@@ -42,9 +42,9 @@ def test_the_default_pipeline_has_as_many_items_as_it_is_known_to_have():
     counts = {stage: len(Pipeline(ROOT).items(stage)) for stage in DVC}
     assert counts == {
         "prepare": 1, "split": 1, "train": 1, "retrain": 3, "shadows": 2, "unlearn": 3, "reference": 3, "audit": 3,
-        "report": 1, "track": 1,
+        "sweep": 3, "report": 1, "track": 1,
     }  # fmt: skip
-    assert sum(counts.values()) == 19
+    assert sum(counts.values()) == 22
 
 
 def test_stages_are_commands_and_functions_of_the_same_name():
@@ -52,8 +52,12 @@ def test_stages_are_commands_and_functions_of_the_same_name():
         command.callback.__name__: command for command in cli.app.registered_commands
         if command.rich_help_panel == cli.PIPELINE
     }  # fmt: skip
-    assert list(DVC) == list(commands)
+    assert [stage for stage in DVC if stage != "sweep"] == list(commands)
     for stage, described in DVC.items():
+        if stage == "sweep":  # a command of its own: people run it with budgets of theirs
+            own = "--dataset ${item.dataset} --scenario ${item.scenario}"
+            assert described["cmd"] == f"scforget sweep ${{item.method}} {own}"
+            continue
         (room,) = [room for room in (stages, auditing, closing) if stage in vars(room)]
         assert callable(getattr(room, stage))
         axes = list(described.get("matrix", {}))
@@ -63,9 +67,53 @@ def test_stages_are_commands_and_functions_of_the_same_name():
 
 
 def test_axes_are_the_lists_of_params():
-    for described in DVC.values():
+    for stage, described in DVC.items():
         for axis, value in described.get("matrix", {}).items():
-            assert value == f"${{pipeline.{axis}s}}"
+            section = "sweep" if stage == "sweep" and axis != "dataset" else "pipeline"
+            assert value == f"${{{section}.{axis}s}}"
+
+
+def test_the_full_sweep_depends_on_what_the_small_one_does():
+    """But for the retrains of the request: it may be of one that they are not declared for."""
+    full = config.read_yaml(ROOT / "pipelines" / "sweep" / "dvc.yaml")["stages"]["sweep"]
+    small, retrains = DVC["sweep"], "retrain/${item.dataset}/${item.scenario}"
+    assert full["deps"] == [dep for dep in small["deps"] if retrains not in dep]
+    assert full["params"] == [key.replace("sweep.trials", "sweep.full.trials") for key in small["params"]]
+    assert full["cmd"] == f"{small['cmd']} --trials ${{sweep.full.trials}}"
+
+
+def test_sweep_is_a_command_that_takes_what_its_stages_give(monkeypatch):
+    """As DVC would call it, in the pipeline and in the pipeline of the full search."""
+    calls: list[Any] = []
+
+    def noted(*arguments: Any, **options: Any) -> None:
+        calls.append((arguments, options))
+
+    monkeypatch.setattr("scforget.sweeps.sweep.sweep", noted)
+    values = {"${item.method}": "ssd", "${item.dataset}": "pbmc68k", "${item.scenario}": "scattered",
+              "${sweep.full.trials}": "40"}  # fmt: skip
+    full = config.read_yaml(ROOT / "pipelines" / "sweep" / "dvc.yaml")["stages"]["sweep"]
+    for described in (DVC["sweep"], full):
+        command = described["cmd"]
+        for pattern, value in values.items():
+            command = command.replace(pattern, value)
+        program, *arguments = command.split()
+        assert program == "scforget"
+        cli.app(arguments, standalone_mode=False)
+    plain = {"timeout": None, "storage": None}
+    assert calls == [
+        (("ssd", "pbmc68k", "scattered"), {"trials": None, **plain}),
+        (("ssd", "pbmc68k", "scattered"), {"trials": 40, **plain}),
+    ]
+
+
+def test_every_request_that_is_swept_has_retrained_models_and_another_to_develop_on():
+    for section in (PARAMS["sweep"], PARAMS["sweep"]["full"]):
+        for scenario in section["scenarios"]:
+            assert scenario in PARAMS["pipeline"]["scenarios"]
+            for dataset in PARAMS["pipeline"]["datasets"]:
+                assert PARAMS["sweep"]["development"][scenario] in PARAMS["datasets"][dataset]["scenarios"]
+    assert len(PARAMS["train"]["seeds"]) - PARAMS["sweep"]["seeds"] >= 2
 
 
 def test_every_method_has_a_file_a_section_and_a_place_in_the_pipeline():
@@ -153,15 +201,19 @@ RUNS = {
     "unlearn": ["methods", "loading.py"],
     "reference": ["scoring.py", "attacks", "audit"],
     "audit": ["scoring.py", "attacks", "audit"],
+    "sweep": ["sweeps", "training.py", "search.py", "engine.py"],
 }
 SCIENCE = ("methods", "attacks", "audit", "fisher", "training", "tasks", "data", "models", "scoring", "loading",
-           "seeding")  # fmt: skip
+           "seeding", "critics", "curvature", "gaussian", "percell", "private", "published", "engine", "search",
+           "sweeps")  # fmt: skip
 # Imported, but no result comes from it: downloads happen outside the pipeline; of the splits, what reads them back
-# knows the names of the cell sets alone; the controls are drawn by `reference`, and `audit` reads them back.
+# knows the names of the cell sets alone; the controls are drawn by `reference`, and `audit` reads them back; the ranges
+# beside a method's settings are for sweeps.
 DRAWN_BEFORE = {"data/splits.py"}
 HARMLESS = {
     "prepare": {"data/public.py"},
-    **dict.fromkeys(("train", "retrain", "unlearn", "reference"), DRAWN_BEFORE),
+    **dict.fromkeys(("train", "retrain", "reference", "sweep"), DRAWN_BEFORE),
+    "unlearn": {*DRAWN_BEFORE, "search.py"},
     "audit": {*DRAWN_BEFORE, "data/controls.py"},
 }
 
@@ -198,7 +250,7 @@ def closure(seeds: list[str]) -> set[str]:
 
 def test_imported_finds_modules_names_and_rooms():
     assert imported(SOURCE / "methods/ssd.py") == {
-        "fisher.py", "data/splits.py", "models/vae.py", "tasks.py", "training.py"
+        "fisher.py", "curvature.py", "search.py", "data/splits.py", "models/vae.py", "tasks.py", "training.py"
     }  # fmt: skip
 
 
@@ -206,7 +258,8 @@ def test_imported_finds_modules_names_and_rooms():
 def test_every_stage_names_the_science_that_it_runs(stage):
     for item, deps in filled(stage):
         named = [dep.removeprefix("src/scforget/") for dep in deps if dep.startswith("src/scforget/")]
-        needed = closure(RUNS[stage]) - HARMLESS.get(stage, set())
+        own = [f"methods/{item.keys[2]}.py"] if stage == "sweep" else []
+        needed = closure([*RUNS[stage], *own]) - HARMLESS.get(stage, set())
         missing = {file for file in needed if not any(file == dep or file.startswith(f"{dep}/") for dep in named)}
         assert missing == set(), item.name
 

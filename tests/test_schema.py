@@ -18,7 +18,8 @@ from scforget.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "params.yaml"
-OPEN = ("downloads", "datasets", "datasets.pbmc68k.scenarios")  # whose keys are names that the person chooses
+# whose keys are names that the person chooses
+OPEN = ("downloads", "datasets", "datasets.pbmc68k.scenarios", "sweep.development", "sweep.ranges")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,45 @@ def test_names_hold_nothing_that_a_path_a_stage_or_a_dotted_key_could_trip_over(
 )
 def test_params_of_a_data_set_must_make_sense(content, place, value, said):
     assert said in refused(changed(content, "datasets", "pbmc68k", *place, value=value)).why
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("development",), {}, "development names no request to choose settings on for 'scattered'"),
+        (("full", "scenarios"), ["cd56_nk"], "development names no request to choose settings on for 'cd56_nk'"),
+        (
+            ("development",),
+            {"scattered": "nowhere"},
+            "lacks 'nowhere'; add it ({kind: sibling, of: scattered})",
+        ),
+        (("seeds",), 2, "greater than or equal to 3"),
+        (("retrains",), 3, "greater than or equal to 4"),
+        (("trials",), 0, "greater than 0"),
+        (("startup_trials",), 0, "greater than or equal to 1"),
+        (("ranges",), {"ssd": {"alpha": {"low": 2.0, "high": 1.0, "log": True}}}, "low must be below high"),
+        (("ranges",), {"ssd": {"alpha": {"low": 0.0, "high": 1.0, "log": True}}}, "log needs low > 0"),
+        (("ranges",), {"ssd": {"reference": {"values": []}}}, "at least 1 item"),
+        (("ranges",), {"ssd": {"alpha": {"low": "a", "high": 1.0, "log": True}}}, "must be a number, found 'a'"),
+    ],
+)
+def test_params_of_sweeps_must_make_sense(content, place, value, said):
+    assert said in refused(changed(content, "sweep", *place, value=value)).why
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(("methods",), ["ssd", "magic"]), (("full", "methods"), ["magic"]), (("ranges",), {"magic": {}})],
+)
+def test_params_say_which_methods_can_be_searched(content, place, value):
+    with pytest.raises(ConfigError, match="unknown method 'magic'; known: retain_finetune, "):
+        config.validate(PATH, changed(content, "sweep", *place, value=value), schema.Params)
+
+
+def test_params_refuse_a_sweep_of_a_request_that_the_pipeline_lacks(content):
+    less = changed(content, "pipeline", "scenarios", value=["cd56_nk"])
+    assert "sweep.scenarios: 'scattered' is not in pipeline.scenarios" in refused(less).why
+    schema.Params.model_validate(changed(less, "sweep", "methods", value=[]))  # of none at all it says nothing
 
 
 def test_sections_follow_the_registries():

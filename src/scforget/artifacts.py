@@ -67,6 +67,10 @@ class Workspace:
         """Folder for the small outs of a stage item: JSON, curves, scores."""
         return self.root.joinpath("results", stage, *keys)
 
+    def studies(self, *keys: str) -> Path:
+        """Folder for what a sweep of one's own found; the pipeline's are under ``results/sweep``."""
+        return self.root.joinpath("studies", *keys)
+
     def resume(self, fingerprint: str) -> Path:
         """Folder outside every out where one model's checkpoints live until its stage is done."""
         return self.root / "work" / ".resume" / fingerprint

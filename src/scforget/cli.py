@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from scforget.errors import ScforgetError
 
@@ -30,8 +31,24 @@ app = typer.Typer(
     help="Forget cells from trained single-cell models, and prove it. `dvc repro` runs the whole pipeline; each of "
     "its stages is a command here. Settings are in params.yaml.",
 )
+
+
+class _RunFirst(TyperGroup):
+    """A group whose first word may be a method: ``sweep ssd`` is ``sweep run ssd``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Fetch public data sets, and add your own.")
 app.add_typer(data, name="data")
+searches = typer.Typer(
+    cls=_RunFirst, no_args_is_help=True, rich_markup_mode=None,
+    help="Search a method's settings: `scforget sweep METHOD --scenario S`, then `scforget sweep promote METHOD`.",
+)  # fmt: skip
+app.add_typer(searches, name="sweep", rich_help_panel="Around the pipeline")
 
 PIPELINE = "Stages of the pipeline"
 AROUND = "Around the pipeline"
@@ -160,27 +177,78 @@ def profile(name: Annotated[str, typer.Argument(help="A file of profiles/, witho
 
 
 @app.command(rich_help_panel=AROUND)
-def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
-    """Open MLflow's UI on 127.0.0.1 over mlruns/mlflow.db."""
-    from scforget import tracking
+def promote(
+    dataset: Dataset, scenario: Scenario,
+    method: Annotated[str, typer.Argument(help="A method whose verdict is FORGOTTEN with utility kept.")],
+    seed: Annotated[int | None, typer.Option(help="Which of its models.", show_default="the first")] = None,
+) -> None:  # fmt: skip
+    """Register a forgotten model, an original and a retrain in MLflow's registry; refuses any other verdict.
 
-    root = Path.cwd()
-    address = tracking.uri(root)
-    tracking.Store(root)  # makes the database if there is none, and ends in one line if it cannot be opened
-    # Its job queue is for judging LLM traces: five more processes that nobody here asked for.
-    quiet = {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "PYTHONWARNINGS": "ignore",
-    }
-    environment = {**os.environ, **quiet}
-    if not address.startswith("sqlite"):
-        raise ScforgetError(f"MLFLOW_TRACKING_URI is {address}: open it in a browser")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", address]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)", file=sys.stderr)
-    sys.stderr.flush()
-    os.execve(command[0], command, environment)  # becomes the server: whatever ends this ends it
+    They are found as models:/scforget-DATASET@forgotten, @original and @retrain (docs/registry.md).
+    """
+    from scforget import registry
+
+    registry.promote(Path.cwd(), dataset, scenario, method, seed)
+
+
+@app.command(rich_help_panel=AROUND)
+def ui(
+    port: Annotated[int, typer.Option(help="MLflow's port on 127.0.0.1.")] = 5000,
+    studies_port: Annotated[int, typer.Option(help="optuna-dashboard's port on 127.0.0.1.")] = 5001,
+    storage: Annotated[
+        str | None, typer.Option(help="Database of the studies.", show_default="studies/studies.journal")
+    ] = None,
+) -> None:
+    """Open MLflow over the runs and optuna-dashboard over the studies, on 127.0.0.1 (Ctrl-C ends both)."""
+    from scforget import ui
+
+    ui.serve(Path.cwd(), port, studies_port, storage)
+
+
+SweepMethod = Annotated[str, typer.Argument(help="An unlearning method of params.yaml (unlearn).")]
+SweepScenario = Annotated[str, typer.Option("--scenario", help="The request that it is tuned for.")]
+SweepDataset = Annotated[
+    str | None, typer.Option("--dataset", help="A data set of params.yaml.", show_default="the pipeline's only one")
+]
+
+
+@searches.command("run")
+def sweep_run(  # noqa: PLR0917
+    method: SweepMethod, scenario: SweepScenario, dataset: SweepDataset = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trials in all, finished ones included; results then go to studies/, not results/.",
+                     show_default="sweep.trials of params.yaml"),
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which no trial is begun.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="A journal file, or postgresql+psycopg://USER@HOST/DATABASE for workers on several machines.",
+                     show_default="studies/studies.journal"),
+    ] = None,
+) -> None:  # fmt: skip
+    """Search a method's settings: near to the retrained models, cheap, utility kept.
+
+    Settings are chosen on a development request (sweep.development in params.yaml) and judged on the scenario itself.
+    Run the same command again, also on other machines at once, to go on with a study; a killed trial is run again.
+    """
+    from scforget.sweeps import sweep
+
+    sweep.sweep(method, dataset, scenario, trials=trials, timeout=timeout, storage=storage)
+
+
+@searches.command("promote")
+def sweep_promote(
+    method: SweepMethod,
+    scenario: Annotated[str | None, typer.Option(help="If the method was tuned for several.")] = None,
+    dataset: SweepDataset = None,
+) -> None:
+    """Write the chosen settings of a sweep into params.yaml, keeping its comments (undo: git checkout params.yaml)."""
+    from scforget.sweeps import promote
+
+    for line in promote.promote(Path.cwd(), method, dataset, scenario):
+        print(line, file=sys.stderr)
+    print("look at `git diff params.yaml`, run `dvc repro`, commit", file=sys.stderr)
 
 
 @data.command("list")

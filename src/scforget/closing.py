@@ -8,15 +8,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from scforget import artifacts, engine, parallel, pictures, replay, results, schema
 from scforget.artifacts import Workspace
+from scforget.config import read_yaml
 from scforget.errors import ConfigError
 from scforget.pipeline import Pipeline
 from scforget.progress import Progress
 from scforget.report import comparisons, figures, page, tables
 from scforget.report import explain as saying
+from scforget.report.sweeps import displayed, sweep_table
 from scforget.results import Record
 from scforget.tracking import Store
 
@@ -116,8 +122,21 @@ def report() -> None:
         scenarios["/".join(place)] = _scenario(workspace, params, place, found, pictured)
     summary = tables.summary({name: scenario["audits"] for name, scenario in scenarios.items()})
     artifacts.write_json(workspace.report / "summary.json", summary)
-    html = page.render(list(scenarios.values()), _provenance(workspace, pipeline, params))
+    sweeps = _sweeps(workspace, params)
+    artifacts.write_bytes(workspace.report / "tables" / "sweeps.csv", tables.to_csv(sweeps).encode())
+    html = page.render(list(scenarios.values()), _provenance(workspace, pipeline, params), displayed(sweeps))
     artifacts.write_bytes(workspace.report / "report.html", html.encode())
+
+
+def _sweeps(workspace: Workspace, params: schema.Params) -> pd.DataFrame:
+    """Default against tuned settings, of the pipeline's own sweeps."""
+    places = [
+        workspace.results("sweep", dataset, scenario, method) / "best.yaml"
+        for dataset in params.pipeline.datasets
+        for scenario in params.sweep.scenarios
+        for method in params.sweep.methods
+    ]
+    return sweep_table(read_yaml(path) for path in places if path.exists())
 
 
 def track() -> tuple[int, int, dict[str, str]]:
@@ -178,5 +197,10 @@ def show() -> None:
             table = tables.scenario_table(audits)
             console.print(tables.to_rich(table, f"{dataset} / {scenario}"))
             console.print()
+    if rows := displayed(_sweeps(workspace, params)):
+        grid = Table(*rows[0], title="Settings: default against tuned", box=box.SIMPLE_HEAD)
+        for row in rows:
+            grid.add_row(*map(Text, row.values()))
+        console.print(grid)
     console.print("The whole report:   report/report.html")
     console.print("Compare the runs:   make ui   (then http://127.0.0.1:5000)")

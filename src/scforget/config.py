@@ -6,6 +6,7 @@ it, so ``1e-4`` is a number here although YAML 1.1 readers take it for text.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,6 +67,17 @@ def load(path: Path, schema: type[SettingsT]) -> SettingsT:
         If the file or a key is missing, a key is unknown, or a value has the wrong type or range.
     """
     return validate(path, read_yaml(path), schema)
+
+
+def dump_yaml(content: Any) -> str:
+    """Write plain types as YAML 1.2, keys in their order."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.width = False, 120
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.representer.ignore_aliases = lambda *_: True  # two rows that are alike are written twice, to be read
+    buffer = io.StringIO()
+    yaml.dump(content, buffer)
+    return buffer.getvalue()
 
 
 def _merge(target: dict[str, Any], overrides: dict[str, Any]) -> None:

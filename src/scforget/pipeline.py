@@ -68,6 +68,11 @@ class Inputs:
         params = {key: value for key, value in self.params.items() if not key.endswith(".seeds")}
         return self._digest({**self.deps, **narrowed}, {**params, "model": seed})
 
+    def study_fingerprint(self, numerics: str) -> str:
+        """Identity of a study of the item: its number of trials is left out, so that a longer one goes on."""
+        params = {key: value for key, value in self.params.items() if not key.endswith(".trials")}
+        return self._digest({**self.deps, "numerics": numerics}, params)
+
     def of_method(self, method: str, narrowed: dict[str, str]) -> Inputs:
         """What one method of an item that treats them all depends on, so that a further method leaves it as it is.
 

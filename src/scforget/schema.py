@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import AfterValidator, Field, create_model, field_validator, model_validator
 
 from scforget import config
 from scforget.audit import AuditSettings
 from scforget.data.prepare import PrepareSettings
-from scforget.data.splits import ScenarioSettings, SplitSettings
+from scforget.data.splits import ScenarioSettings, SplitSettings, check_siblings
 from scforget.engine import ComputeSettings
 from scforget.methods import METHODS
 from scforget.models.vae import VAESettings
+from scforget.search import SearchSettings
 from scforget.settings import Settings
 from scforget.training import TrainingSettings
 
@@ -45,7 +46,7 @@ class DatasetSettings(Settings):
 
     prepare: PrepareSettings
     split: SplitSettings
-    scenarios: Annotated[dict[Name, ScenarioSettings], Field(min_length=1)]
+    scenarios: Annotated[dict[Name, ScenarioSettings], Field(min_length=1), AfterValidator(check_siblings)]
     model: VAESettings
     training: TrainingSettings
 
@@ -66,6 +67,56 @@ class Population(Settings):
         if len(set(seeds)) != len(seeds):
             raise ValueError("seeds must differ: two models of one seed are one model")
         return seeds
+
+
+class FullSweep(Settings):
+    """The sweeps of ``pipelines/sweep``: every method on every scenario."""
+
+    methods: Names
+    scenarios: Names
+    trials: Annotated[int, Field(gt=0)]
+
+
+class SweepSettings(Settings):
+    """Searches for methods' settings.
+
+    Attributes
+    ----------
+    methods, scenarios, trials
+        The small sweep in the pipeline: these methods, tuned for these requests, in so many trials each; none for [].
+    development
+        By request: the other request that settings are chosen on; they share no forgotten cell.
+    startup_trials
+        Drawn at random before TPE takes over.
+    seeds
+        Originals that each trial unlearns from, >= 3; the final audit takes the others.
+    retrains
+        Retrained models of a development request that the pipeline does not have itself, >= 4.
+    ranges
+        By method and dotted key of its settings: ranges in place of those that stand beside the settings in the code.
+    full
+        ``make sweep``.
+    """
+
+    methods: list[Name]
+    scenarios: list[Name]
+    trials: Annotated[int, Field(gt=0)]
+    development: dict[Name, Name]
+    startup_trials: Annotated[int, Field(ge=1)]
+    seeds: Annotated[int, Field(ge=3)]
+    retrains: Annotated[int, Field(ge=4)]
+    ranges: dict[Name, dict[str, SearchSettings]]
+    full: FullSweep
+
+    @model_validator(mode="after")
+    def _known(self) -> SweepSettings:
+        for name in (*self.methods, *self.full.methods, *self.ranges):
+            if name not in METHODS:
+                raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        for name in (*self.scenarios, *self.full.scenarios):
+            if name not in self.development:
+                raise ValueError(f"development names no request to choose settings on for {name!r}")
+        return self
 
 
 _unlearn_fields: dict[str, Any] = {name: (method.settings, ...) for name, method in METHODS.items()}
@@ -89,6 +140,7 @@ class Params(Settings):
     retrain: Population
     unlearn: UnlearnSettings
     audit: AuditSettings
+    sweep: SweepSettings
 
     @model_validator(mode="after")
     def _described(self) -> Params:
@@ -99,6 +151,17 @@ class Params(Settings):
             for scenario in self.pipeline.scenarios:
                 if scenario not in known:
                     raise ValueError(f"datasets.{dataset}.scenarios lacks {scenario!r}; it has {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Params:
+        for name in self.sweep.scenarios if self.sweep.methods else []:
+            if name not in self.pipeline.scenarios:
+                raise ValueError(f"sweep.scenarios: {name!r} is not in pipeline.scenarios, whose retrains judge")
+            for dataset in self.pipeline.datasets:
+                if self.sweep.development[name] not in self.datasets[dataset].scenarios:
+                    lacks = f"datasets.{dataset}.scenarios lacks {self.sweep.development[name]!r}"
+                    raise ValueError(f"sweep.development: {lacks}; add it ({{kind: sibling, of: {name}}})")
         return self
 
     @model_validator(mode="after")

@@ -47,6 +47,7 @@ KINDS = {
     "subset": "training cells drawn at random inside one large cluster",
     "donor": "all training cells of one donor",
     "query": "the training cells that a query selects",
+    "sibling": "as many cells of another request's kind, none of them that request's",
 }
 # name -> title, caption, and whether it is open from the start; in the order of the page.
 FIGURES = {
@@ -101,7 +102,7 @@ SMALL_GROUP = 30  # P0's forget set: with 30 against 194 cells chance alone give
 LOW_POWER = 0.8  # what the default recipe promises at a true difference of zero
 
 
-def render(scenarios: Sequence[Mapping[str, Any]], context: Context) -> str:
+def render(scenarios: Sequence[Mapping[str, Any]], context: Context, sweeps: Sequence[Mapping[str, str]] = ()) -> str:
     """Render the report.
 
     Parameters
@@ -112,6 +113,8 @@ def render(scenarios: Sequence[Mapping[str, Any]], context: Context) -> str:
         ``table`` (from ``tables.scenario_table``; may be None).
     context
         Provenance of the whole run: command, git_commit, data_md5, params, seeds, hardware, versions; all optional.
+    sweeps
+        Rows of :func:`scforget.report.sweeps.displayed`, if any settings were searched.
 
     Returns
     -------
@@ -125,6 +128,7 @@ def render(scenarios: Sequence[Mapping[str, Any]], context: Context) -> str:
         columns=DISPLAY_COLUMNS,
         provenance=_provenance(context),
         params=_json(context.get("params")),
+        sweeps=list(sweeps),
         limits=[limit for scenario in scenarios for limit in _limits(scenario)],
     )
 

@@ -1,0 +1,1 @@
+"""Searches for methods' settings against the retrained models; the only room that imports Optuna."""
