@@ -34,10 +34,10 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _stores_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def _stores_not_given_up() -> None:
     """A process asks a dead server once and says so once; here many tests share a process."""
-    monkeypatch.setattr(tracking, "_given_up", {})
-    monkeypatch.setattr(tracking, "_said", set())
+    tracking._given_up.clear()
+    tracking._said.clear()
 
 
 @pytest.fixture(scope="session")

@@ -314,7 +314,8 @@ def test_sampler_learns_after_the_startup_trials():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_objective_takes_what_is_not_finite_for_diverged(name, value):
     study = toy(InMemoryStorage())
-    studies.run(study, studies.Objective(SPACE, lambda _, p: {**judge(FIRST, p), name: value}, 2), 2)
+    objective = studies.Objective(SPACE, lambda _, p: {**judge(FIRST, p), name: value}, 2)
+    studies.run(study, objective, 2, timeout=10.0)
     assert [trial.state for trial in study.trials] == [TrialState.PRUNED] * 2
     assert study.trials[0].user_attrs["diverged"] == f"{name} not finite"
     assert studies.best(studies.finished(study)) is None
