@@ -112,7 +112,8 @@ class SweepSettings(Settings):
     def _known(self) -> SweepSettings:
         for name in (*self.methods, *self.full.methods, *self.ranges):
             if name not in METHODS:
-                raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+                known = [method for method in METHODS if not method.endswith("_published")]
+                raise ValueError(f"unknown method {name!r}; known: {', '.join(known)}")
         for name in (*self.scenarios, *self.full.scenarios):
             if name not in self.development:
                 raise ValueError(f"development names no request to choose settings on for {name!r}")

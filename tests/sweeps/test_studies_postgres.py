@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import signal
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from optuna.storages import RDBStorage
@@ -121,14 +121,22 @@ def test_a_retried_trial_of_a_stale_worker_is_not_taken_for_dead_while_it_is_tak
     assert "worker" not in study.ask().user_attrs
 
 
-def test_open_storage_can_make_the_tables_while_others_do(postgres):
+def test_open_storage_can_make_the_tables_while_others_do(postgres, opened_later):
     """Of `CREATE TYPE` and the like at once all but one fail."""
-    threads = 4
-    with ThreadPoolExecutor(threads) as pool:
-        opened = list(pool.map(lambda _: storages.open_storage(postgres), range(threads)))
-    for storage in opened:
-        assert storage.get_all_studies() == []
-        close(storage)
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(4)
+
+    def open_it() -> None:
+        start.wait(timeout=60)
+        close(storages.open_storage(postgres))
+
+    processes = [fork.Process(target=open_it) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert opened_later().get_all_studies() == []
 
 
 def test_a_database_that_is_not_there_ends_in_one_line(postgres_cluster: Postgres):

@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, InternalError, ProgrammingError, SQLAlchemyError
 
 from scforget.errors import StudyError
 
@@ -97,7 +97,7 @@ def _database(where: str, heartbeat: int, grace: int) -> RDBStorage:
             return RDBStorage(
                 where, heartbeat_interval=heartbeat, grace_period=grace, heartbeat_stale_trial_callback=retry
             )
-        except (IntegrityError, ProgrammingError):
+        except (IntegrityError, InternalError, ProgrammingError, StorageInternalError):
             if not left:
                 raise
             time.sleep(_PAUSE)
