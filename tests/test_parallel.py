@@ -243,7 +243,8 @@ def _is_there(process: int) -> bool:
 
 
 _SLEEP = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import jobs

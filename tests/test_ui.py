@@ -92,9 +92,11 @@ def test_serve_shows_runs_and_studies_and_leaves_nothing_when_it_is_killed(tmp_p
     assert waited(lambda: not any(map(answers, ports)))
 
 
+# What a shell starts in the background ignores Ctrl-C, and so do its children: the tests may be among them.
 KEEP = """
-import sys
+import signal, sys
 from scforget import ui
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pages = [ui.Page(port, int(port), [sys.executable, "-m", "http.server", port, "--bind", ui.HOST], loud=False)
          for port in sys.argv[1:]]
 ui._keep(pages)
@@ -107,7 +109,7 @@ def test_keep_ends_every_page_when_it_is_asked_to_end(how):
     process = subprocess.Popen([sys.executable, "-c", KEEP, *map(str, ports)], stderr=subprocess.PIPE, text=True)
     assert waited(lambda: all(map(answers, ports)))
     process.send_signal(how)
-    _, said = process.communicate()
+    _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "")
     assert not any(map(answers, ports))
 
