@@ -189,3 +189,4 @@ def test_open_storage_reaches_no_network_for_a_journal(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     study = toy(storages.open_storage(str(tmp_path / "journal")))
     studies.run(study, studies.Objective(SPACE, judge, 1), 1)
+    assert len(studies.finished(study)) == 1
