@@ -162,9 +162,9 @@ def test_divergence_decodes_one_draw_of_the_teachers_posterior_in_both(
     seen: list[Tensor] = []
     decode = VAE.decode
 
-    def watched(model: VAE, z: Tensor) -> Decoded:
+    def watched(model: VAE, z: Tensor, condition: Tensor | None = None) -> Decoded:
         seen.append(z.detach())
-        return decode(model, z)
+        return decode(model, z, condition)
 
     monkeypatch.setattr(VAE, "decode", watched)
     task.divergence(student, teacher, batch, torch.Generator().manual_seed(3))

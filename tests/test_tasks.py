@@ -215,3 +215,25 @@ def test_new_model_depends_on_its_seed_alone(task: VaeTask) -> None:
     again, other = task.new_model(1).state_dict(), task.new_model(2).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["scale.weight"], other["scale.weight"])
+
+
+def test_conditions_reach_the_output_layer_alone(task: VaeTask) -> None:
+    groups = np.arange(task.counts.shape[0]) % 3
+    told = VaeTask(task.counts, task.normaliser, task.settings, conditions=groups)
+    model, cells = told.new_model(0), np.arange(6)
+    batch = told.batch(cells)
+    assert batch.condition is not None
+    assert batch.condition.argmax(1).tolist() == [0, 1, 2, 0, 1, 2]
+    with torch.no_grad():
+        model.eval()
+        mu = model.encode(batch.inputs)[0]
+        hidden = model.decoder(mu)
+        share = model.scale.weight[:, -3:].T[torch.from_numpy(groups[cells])]  # the column of each cell's own group
+        by_hand = hidden @ model.scale.weight[:, :-3].T + model.scale.bias + share
+        torch.testing.assert_close(model.decode(mu, batch.condition).logits, by_hand)
+        plain = model.dispersion(hidden)
+        torch.testing.assert_close(model.decode(mu, batch.condition).log_inverse_dispersion, plain)
+    other = VaeTask(task.counts, task.normaliser, task.settings, conditions=(groups + 1) % 3)
+    assert not np.array_equal(told.signals(model, cells).elbo, other.signals(model, cells).elbo)
+    assert task.batch(cells).condition is not None  # of no column
+    assert task.batch(cells).condition.shape == (6, 0)

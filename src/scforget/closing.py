@@ -18,7 +18,7 @@ from scforget import artifacts, engine, parallel, pictures, replay, results, sch
 from scforget.artifacts import Workspace
 from scforget.config import read_yaml
 from scforget.errors import ConfigError
-from scforget.pipeline import Pipeline
+from scforget.pipeline import THEORY, Pipeline
 from scforget.progress import Progress
 from scforget.report import comparisons, figures, page, tables
 from scforget.report import explain as saying
@@ -155,18 +155,22 @@ def track() -> tuple[int, int, dict[str, str]]:
         If the store does not answer.
     """
     root = Path.cwd()
-    workspace, store, pipeline = Workspace(root), Store(root), Pipeline(root)
+    workspace, store = Workspace(root), Store(root)
     created = known = 0
-    astray = pipeline.astray()
-    for item, inputs in pipeline.recorded().items():
-        if item in astray:
-            continue
-        for run in replay.runs(workspace, inputs):
-            if store.log(run, "restored"):
-                created += 1
-            else:
-                known += 1
-    return created, known, {item.name: path for item, path in astray.items()}
+    left_out: dict[str, str] = {}
+    folders = [Path(), *([THEORY] if (root / THEORY / "dvc.lock").exists() else [])]
+    for pipeline in (Pipeline(root, folder) for folder in folders):
+        astray = pipeline.astray()
+        left_out |= {item.name: path for item, path in astray.items()}
+        for item, inputs in pipeline.recorded().items():
+            if item in astray:
+                continue
+            for run in replay.runs(workspace, inputs):
+                if store.log(run, "restored"):
+                    created += 1
+                else:
+                    known += 1
+    return created, known, left_out
 
 
 def explain(dataset: str, scenario: str) -> None:

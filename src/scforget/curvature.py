@@ -248,9 +248,9 @@ class _Network(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, noise: Tensor) -> Answers:
-        mu, log_var = self.model.encode(inputs)
-        decoded = self.model.decode(mu + (0.5 * log_var).exp() * noise)
+    def forward(self, batch: Batch, noise: Tensor) -> Answers:
+        mu, log_var = self.model.encode(batch.inputs)
+        decoded = self.model.decode(mu + (0.5 * log_var).exp() * noise, batch.condition)
         answers = {"mu": mu, "log_var": log_var, "logits": decoded.logits}
         if self.model.settings.likelihood != "log_mse":
             answers["log_r"] = decoded.log_inverse_dispersion
@@ -328,7 +328,7 @@ class GaussNewton:
         self, batch: Batch, noise: Tensor, values: dict[str, Tensor], tangents: dict[str, Tensor]
     ) -> dict[str, Tensor]:  # fmt: skip
         def answer(parameters: dict[str, Tensor]) -> Answers:
-            found: Answers = functional_call(self._network, parameters, (batch.inputs, noise))
+            found: Answers = functional_call(self._network, parameters, (batch, noise))
             return found
 
         with warnings.catch_warnings():

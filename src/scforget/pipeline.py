@@ -19,6 +19,8 @@ from scforget.config import read_yaml
 from scforget.errors import ArtifactError, ConfigError
 
 _IGNORED = {"__pycache__"}  # as .dvcignore has it
+#: The folder of the second pipeline, which has a lock of its own.
+THEORY = Path("pipelines") / "theory"
 _INTERPOLATION = re.compile(r"\$\{([^}]+)\}")
 
 
@@ -143,13 +145,15 @@ class Pipeline:
     ----------
     root
         The project's folder.
+    folder
+        Where in it ``dvc.yaml`` and ``dvc.lock`` lie; the stages' paths start at the project's folder all the same.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, folder: Path = Path()) -> None:
+        self._root, self._folder = root, root / folder
         self._params_path = root / "params.yaml"
         self.params = read_yaml(self._params_path)
-        self._stages = _stages(root / "dvc.yaml")
+        self._stages = _stages(self._folder / "dvc.yaml")
 
     def _axes(self, stage: str) -> dict[str, list[str]]:
         axes = self._stages[stage].get("matrix", {})
@@ -184,7 +188,7 @@ class Pipeline:
         return Inputs(item, {dep: dvc_md5(self._root / dep) for dep in deps}, params)
 
     def _entries(self) -> dict[Item, dict[str, Any]]:
-        lock_path = self._root / "dvc.lock"
+        lock_path = self._folder / "dvc.lock"
         lock = _stages(lock_path) if lock_path.exists() else {}
         return {item: lock[item.name] for item in self.items() if item.name in lock}
 

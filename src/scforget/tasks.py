@@ -121,15 +121,20 @@ class VaeTask:
         Architecture of new models.
     donors : ``[N]``, optional
         Whose each cell is, where that is known.
+    conditions : ``[N]``, optional
+        The group of each cell, 0 to C − 1, that the output layer of new models is told.
     """
 
     def __init__(
         self, counts: sparse.csr_matrix, total_counts: FloatArray, settings: VAESettings,
-        donors: npt.NDArray[np.str_] | None = None,
+        donors: npt.NDArray[np.str_] | None = None, conditions: IntArray | None = None,
     ) -> None:  # fmt: skip
         self.counts = counts
         self.settings = settings
         self.donors = donors
+        groups = 0 if conditions is None else int(conditions.max()) + 1
+        codes = np.zeros(counts.shape[0], dtype=np.int64) if conditions is None else conditions
+        self.one_hot = np.eye(groups, dtype=np.float32)[codes] if groups else np.zeros((len(codes), 0), np.float32)
         # A cell may have no count among the modelled genes; a library of 1 keeps its logarithm finite.
         self.library = np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64).ravel(), 1.0)
         self.normaliser = total_counts if settings.likelihood == "log_mse" else self.library
@@ -155,7 +160,7 @@ class VaeTask:
     def new_model(self, seed: int) -> VAE:
         """Return a freshly initialised model; equal seeds give equal parameters."""
         with seeding.scope(seed, "initialise"):
-            return VAE(self.counts.shape[1], self.settings).to(engine.device())
+            return VAE(self.counts.shape[1], self.settings, self.one_hot.shape[1]).to(engine.device())
 
     def batch(self, cells: IntArray) -> Batch:
         """Return the given cells as dense float32 tensors on the device."""
@@ -165,7 +170,8 @@ class VaeTask:
         else:
             counts = self._dense.index_select(0, which.to(engine.device()))
         library, normaliser = (column.index_select(0, which.to(engine.device()))[:, None] for column in self._sizes)
-        return Batch(counts, torch.log1p(counts * (1e4 / normaliser)), library)
+        condition = torch.from_numpy(self.one_hot[cells]).to(engine.device())
+        return Batch(counts, torch.log1p(counts * (1e4 / normaliser)), library, condition)
 
     def loss(
         self, model: VAE, batch: Batch, noise: torch.Generator | None, *, beta: float = 1.0, free_bits: float = 0.0
@@ -185,7 +191,7 @@ class VaeTask:
         z = mu
         if noise is not None:
             z = mu + (0.5 * log_var).exp() * engine.normal(mu.shape, noise)
-        reconstruction = model.reconstruction(batch, model.decode(z))
+        reconstruction = model.reconstruction(batch, model.decode(z, batch.condition))
         kl = gaussian_kl(mu, log_var)
         penalty = kl.clamp(min=free_bits).sum(-1) if free_bits else kl.sum(-1)
         return Loss(beta * penalty - reconstruction, reconstruction, kl.sum(-1))
@@ -210,9 +216,9 @@ class VaeTask:
             z = teacher_mu
             if noise is not None:
                 z = teacher_mu + (0.5 * teacher_log_var).exp() * engine.normal(z.shape, noise)
-            wanted = teacher.decode(z)
+            wanted = teacher.decode(z, batch.condition)
         mu, log_var = student.encode(batch.inputs)
-        found = student.decode(mu if noise is None else z)
+        found = student.decode(mu if noise is None else z, batch.condition)
         posterior = posterior_kl(teacher_mu, teacher_log_var, mu, log_var)
         return Divergence(posterior, self._decoder_divergence(found, wanted, batch).sum(-1))
 
@@ -239,7 +245,7 @@ class VaeTask:
         """
         mu, log_var = model.encode(batch.inputs)
         z = mu if noise is None else mu + (0.5 * log_var).exp() * engine.normal(mu.shape, noise)
-        reconstruction = model.reconstruction(batch, model.decode(z))
+        reconstruction = model.reconstruction(batch, model.decode(z, batch.condition))
         kl = gaussian_kl(mu, log_var).sum(-1)
         sums = torch.stack([reconstruction, kl, reconstruction - kl], 1)
         # the gradient of a norm is undefined at 0, where a collapsed posterior has it
@@ -270,7 +276,7 @@ class VaeTask:
             batch = self.batch(cells[start : start + _SCORING_BATCH])
             mu, log_var = model.encode(batch.inputs)
             kl = gaussian_kl(mu, log_var).sum(-1)
-            parts.append((model.reconstruction(batch, model.decode(mu)), kl, mu, log_var))
+            parts.append((model.reconstruction(batch, model.decode(mu, batch.condition)), kl, mu, log_var))
         columns = [torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True)]
         return Signals(cells, *columns)
 
@@ -288,7 +294,7 @@ class VaeTask:
         means, zeros = np.zeros(self.counts.shape[1]), np.zeros(self.counts.shape[1])
         for start in range(0, len(cells), _SCORING_BATCH):
             batch = self.batch(cells[start : start + _SCORING_BATCH])
-            decoded = model.decode(model.encode(batch.inputs)[0])
+            decoded = model.decode(model.encode(batch.inputs)[0], batch.condition)
             expressed = 1.0 if decoded.zero_logits is None else torch.sigmoid(-decoded.zero_logits)
             means += (batch.library * decoded.logits.softmax(-1) * expressed).sum(0).double().cpu().numpy()
             if self.settings.likelihood == "log_mse":
@@ -312,7 +318,7 @@ class VaeTask:
         parts = []
         for start in range(0, len(cells), _SCORING_BATCH):
             batch = self.batch(cells[start : start + _SCORING_BATCH])
-            shares = model.decode(model.encode(batch.inputs)[0]).logits.softmax(-1)
+            shares = model.decode(model.encode(batch.inputs)[0], batch.condition).logits.softmax(-1)
             if self.settings.likelihood == "log_mse":
                 means = shares * batch.inputs.sum(-1, keepdim=True)
             else:

@@ -52,6 +52,13 @@ def test_vae_has_the_published_number_of_parameters(likelihood: str) -> None:
     assert found.total() == 7_349_984
 
 
+def test_vae_told_14_groups_has_the_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        model = VAE(2000, VAESettings(**PUBLISHED), conditions=14)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 7_377_984
+    assert model.scale.weight.shape == (2000, 1024 + 14)
+
+
 @pytest.mark.parametrize(
     ("likelihood", "dispersion", "heads"),
     [("zinb", "gene-cell", 3 * 2_050_000), ("nb", "gene", 2_050_000 + 2_000), ("zinb", "gene", 2 * 2_050_000 + 2_000)],

@@ -45,11 +45,15 @@ class VAESettings(Settings):
 
 
 class Batch(NamedTuple):
-    """Some cells, dense: ``counts [B, G]``, encoder ``inputs [B, G]`` (log1p CP10k), ``library [B, 1]`` (counts)."""
+    """Some cells, dense: ``counts [B, G]``, encoder ``inputs [B, G]`` (log1p CP10k), ``library [B, 1]`` (counts).
+
+    ``condition [B, C]`` is a one-hot of each cell's group where the decoder is told it, and has no column otherwise.
+    """
 
     counts: Tensor
     inputs: Tensor
     library: Tensor
+    condition: Tensor | None = None
 
 
 class Decoded(NamedTuple):
@@ -93,21 +97,26 @@ class VAE(nn.Module):
         G, the number of modelled genes.
     settings
         See :class:`VAESettings`.
+    conditions
+        C > 0: groups of which the output layer of the expression shares is told one, by C further inputs; a control of
+        the Fisher analysis.
 
     Notes
     -----
-    At 2000-1024-512-128-32 with ``nb`` and ``gene-cell`` it has exactly 7,349,984 parameters, as published.
+    At 2000-1024-512-128-32 with ``nb`` and ``gene-cell`` it has exactly 7,349,984 parameters, as published (7,377,984
+    with 14 conditions).
     """
 
-    def __init__(self, genes: int, settings: VAESettings) -> None:
+    def __init__(self, genes: int, settings: VAESettings, conditions: int = 0) -> None:
         super().__init__()
         self.settings = settings
+        self.conditions = conditions
         widths = [genes, *settings.hidden]
         self.encoder = _blocks(widths, settings.dropout)
         self.mu = nn.Linear(widths[-1], settings.latent)
         self.log_var = nn.Linear(widths[-1], settings.latent)
         self.decoder = _blocks([settings.latent, *settings.hidden[::-1]], settings.dropout)
-        self.scale = nn.Linear(widths[1], genes)
+        self.scale = nn.Linear(widths[1] + conditions, genes)
         self.dispersion = nn.Linear(widths[1], genes) if settings.dispersion == "gene-cell" else PerGene(genes)
         self.zero = nn.Linear(widths[1], genes) if settings.likelihood == "zinb" else None
 
@@ -116,11 +125,12 @@ class VAE(nn.Module):
         hidden = self.encoder(inputs)
         return _full(self.mu(hidden)), _full(self.log_var(hidden))
 
-    def decode(self, z: Tensor) -> Decoded:
-        """``[B, Z]`` → parameters of the observation model."""
+    def decode(self, z: Tensor, condition: Tensor | None = None) -> Decoded:
+        """``[B, Z]`` → parameters of the observation model; ``condition [B, C]`` is needed where C > 0."""
         hidden = self.decoder(z)
         zero_logits = _full(self.zero(hidden)) if self.zero is not None else None
-        return Decoded(_full(self.scale(hidden)), _full(self.dispersion(hidden)), zero_logits)
+        told = hidden if not self.conditions or condition is None else torch.cat([hidden, condition], 1)
+        return Decoded(_full(self.scale(told)), _full(self.dispersion(hidden)), zero_logits)
 
     def log_prob(self, batch: Batch, decoded: Decoded) -> Tensor:
         """Log-likelihood of each count, ``[B, G]``: nats, or minus a squared error for ``log_mse``."""
