@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
 STUDIES_PORT ?= 5001
 
-.PHONY: help repro test sweep bench ui clean
+.PHONY: help repro test sweep theory bench ui clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -45,8 +45,11 @@ bench: $(BIN)/.installed-bench ## speed and memory against plain torch, scvi-too
 sweep: $(BIN)/.installed ## search settings of every method in sweep.full (params.yaml), after `make repro`; hours, resumes
 	dvc repro pipelines/sweep/dvc.yaml
 
+theory: $(BIN)/.installed ## why methods that move parameters fail: Fisher analysis, worlds, ablations, the paper's pictures; after `make repro`
+	dvc repro pipelines/theory/dvc.yaml
+
 ui: $(BIN)/.installed ## MLflow on http://127.0.0.1:$(PORT), Optuna's studies on $(STUDIES_PORT)
 	scforget ui --port $(PORT) --studies-port $(STUDIES_PORT)
 
 clean: ## remove what the pipeline made (DVC's cache keeps it)
-	rm -rf work results report/figures report/tables report/report.html mlruns/mlflow.db mlruns/artifacts
+	rm -rf work results report/figures report/tables report/theory report/report.html mlruns/mlflow.db mlruns/artifacts

@@ -67,6 +67,10 @@ class Workspace:
         """Folder for the small outs of a stage item: JSON, curves, scores."""
         return self.root.joinpath("results", stage, *keys)
 
+    def theory(self, stage: str, *keys: str) -> Path:
+        """Folder for what a stage of the theory pipeline found: outside ``results/``, all of which the report reads."""
+        return self.report.joinpath("theory", stage, *keys)
+
     def studies(self, *keys: str) -> Path:
         """Folder for what a sweep of one's own found; the pipeline's are under ``results/sweep``."""
         return self.root.joinpath("studies", *keys)

@@ -50,6 +50,12 @@ searches = typer.Typer(
 )  # fmt: skip
 app.add_typer(searches, name="sweep", rich_help_panel="Around the pipeline")
 
+theory = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None,
+    help="Why methods that move parameters fail: the stages of `make theory` (docs/theory.md).",
+)  # fmt: skip
+app.add_typer(theory, name="theory", rich_help_panel="Around the pipeline")
+
 PIPELINE = "Stages of the pipeline"
 AROUND = "Around the pipeline"
 
@@ -249,6 +255,46 @@ def sweep_promote(
     for line in promote.promote(Path.cwd(), method, dataset, scenario):
         print(line, file=sys.stderr)
     print("look at `git diff params.yaml`, run `dvc repro`, commit", file=sys.stderr)
+
+
+@theory.command()
+def overlap(dataset: Dataset) -> None:
+    """Compare the Fisher information of forgotten and retained cells, in VAEs of several kinds and in classifiers."""
+    from scforget.theorising import overlap as stage
+
+    stage.overlap_stage(dataset)
+
+
+@theory.command()
+def proposition() -> None:
+    """Check Proposition 1 and Corollary 2: exactly, by their rate of convergence, and against adversaries."""
+    from scforget.theorising import worlds as stage
+
+    stage.proposition_stage()
+
+
+@theory.command()
+def worlds() -> None:
+    """Unlearn in mixtures of Gaussians, where the truth about every point is known, and compare attacks and verdicts."""
+    from scforget.theorising import worlds as stage
+
+    stage.worlds_stage()
+
+
+@theory.command()
+def ablation(dataset: Dataset) -> None:
+    """Vary forget sets, settings, what an attack sees, and the decoder; draw learning curves."""
+    from scforget.theorising import ablation as stage
+
+    stage.ablation_stage(dataset)
+
+
+@theory.command("figures")
+def draw_figures() -> None:
+    """Draw the paper's pictures and this pipeline's, and write the table of claims and the method selection guide."""
+    from scforget.theorising import figures as stage
+
+    stage.figures_stage()
 
 
 @data.command("list")

@@ -12,7 +12,7 @@ from scforget import engine, schema, seeding, tracking
 from scforget.artifacts import Workspace
 from scforget.errors import ConfigError, TrackingError
 from scforget.methods import METHODS
-from scforget.pipeline import Inputs, Item, Pipeline, dvc_md5
+from scforget.pipeline import THEORY, Inputs, Item, Pipeline, dvc_md5
 from scforget.tracking import Store
 
 
@@ -42,6 +42,11 @@ class Context:
     def results(self) -> Path:
         """Folder of the item's small outs."""
         return self.workspace.results(self.item.stage, *self.item.keys)
+
+    @property
+    def theory(self) -> Path:
+        """Folder of the outs of an item of the theory pipeline."""
+        return self.workspace.theory(self.item.stage, *self.item.keys)
 
     def of_method(self, method: str, own: str) -> Context:
         """One method's part of an item that treats them all; ``own`` is its part of a folder the item depends on."""
@@ -81,8 +86,17 @@ class Context:
 
 def open_item(stage: str, *keys: str) -> Context:
     """Check settings and names; hash what the item depends on."""
-    root, params, pipeline = _project()
-    item = Item(stage, keys)
+    return _open(Item(stage, keys), Path())
+
+
+def open_theory(stage: str, *keys: str) -> Context:
+    """Open an item of the theory pipeline likewise."""
+    return _open(Item(stage, keys), THEORY)
+
+
+def _open(item: Item, folder: Path) -> Context:
+    stage, keys = item.stage, item.keys
+    root, params, pipeline = _project(folder)
     if item not in (known := pipeline.items(stage)):
         names = ", ".join(" ".join(other.keys) for other in known)
         why = f"{stage} {' '.join(keys)} is not part of it; it has {names}"
@@ -106,11 +120,11 @@ def open_sweep(method: str, dataset: str | None, scenario: str) -> Context:
     return _opened(root, params, pipeline, Item("sweep", (dataset, scenario, method)))
 
 
-def _project() -> tuple[Path, schema.Params, Pipeline]:
+def _project(folder: Path = Path()) -> tuple[Path, schema.Params, Pipeline]:
     root = Path.cwd()
-    return root, schema.load(root / "params.yaml"), Pipeline(root)
+    return root, schema.load(root / "params.yaml"), Pipeline(root, folder)
 
 
 def _opened(root: Path, params: schema.Params, pipeline: Pipeline, item: Item) -> Context:
-    engine.start(params.compute, params.datasets[item.keys[0]].largest_product)
+    engine.start(params.compute, params.datasets[item.keys[0]].largest_product if item.keys else 0)
     return Context(Workspace(root), params, pipeline.inputs(item))

@@ -25,6 +25,7 @@ from scforget.tracking import DatasetInput, Run, flatten
 Record = dict[str, Any]
 Artifacts = Callable[[], Mapping[str, bytes]]
 Tables = Callable[[], Mapping[str, pd.DataFrame]]
+_THEORY = ("overlap", "proposition", "worlds", "ablation", "figures")
 _POPULATIONS = ("train", "retrain", "shadows", "unlearn")
 
 
@@ -195,7 +196,8 @@ def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
 
 
 def _report_artifacts(workspace: Workspace) -> dict[str, bytes]:
-    files = sorted(path for path in workspace.report.rglob("*") if path.is_file() and path.name != ".gitignore")
+    own = (path for path in workspace.report.rglob("*") if path.is_file() and path.name != ".gitignore")
+    files = sorted(path for path in own if workspace.report / "theory" not in path.parents)  # that is another pipeline's
     return {path.relative_to(workspace.report).as_posix(): read_bytes(path) for path in files}
 
 
@@ -204,6 +206,25 @@ def studies(workspace: Workspace, inputs: Inputs, folder: Path | None = None) ->
     item = inputs.item
     said = {**tags(item), "dvc.stage": item.name}
     return [study_run(folder or workspace.results(item.stage, *item.keys), said, _params(inputs))]
+
+
+def _files_run(workspace: Workspace, inputs: Inputs) -> Run:
+    """One run for the report, or for an item of the theory pipeline: its files, and every number of its result."""
+    item = inputs.item
+    if item.stage == "report":
+        return Run("report", inputs.fingerprint, tags(item), artifacts=lambda: _report_artifacts(workspace))
+    folder = workspace.theory(item.stage, *item.keys)
+
+    def make() -> dict[str, bytes]:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): read_bytes(path) for path in files}
+
+    path = folder / "result.json"
+    numbers = {key: value for key, value in flatten(read_json(path)).items() if isinstance(value, int | float)}
+    metrics = {f"{item.stage}/{key.replace('.', '/')}": float(value) for key, value in numbers.items()}
+    said = {**tags(item), "kind": "theory"}
+    return Run(" ".join([*item.keys, item.stage]), inputs.fingerprint, said, flatten(inputs.params), metrics,
+               artifacts=make)  # fmt: skip
 
 
 def runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
@@ -216,8 +237,8 @@ def runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
         return several[item.stage](workspace, inputs)
     if item.stage in _POPULATIONS:
         return [_population_run(workspace, item, inputs)]
-    if item.stage == "report":
-        return [Run("report", inputs.fingerprint, tags(item), artifacts=lambda: _report_artifacts(workspace))]
+    if item.stage in (*_THEORY, "report"):
+        return [_files_run(workspace, inputs)]
     if item.stage not in ("prepare", "split"):
         return []
     path = workspace.results(item.stage, *item.keys) / "result.json"

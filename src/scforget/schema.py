@@ -16,6 +16,14 @@ from scforget.methods import METHODS
 from scforget.models.vae import VAESettings
 from scforget.search import SearchSettings
 from scforget.settings import Settings
+from scforget.theory.ablations import GridSettings
+from scforget.theory.curves import CurveSettings
+from scforget.theory.factorisation import FactorisationSettings
+from scforget.theory.nets import NetsSettings
+from scforget.theory.overlap import OverlapSettings
+from scforget.theory.propositions import PropositionSettings
+from scforget.theory.sizes import SizeSettings
+from scforget.theory.worlds import WorldsSettings
 from scforget.training import TrainingSettings
 
 NAME = r"^[A-Za-z0-9_]+$"  # names become parts of stage names (no dash), paths, dotted keys and MLflow keys
@@ -120,6 +128,58 @@ class SweepSettings(Settings):
         return self
 
 
+class AblationSettings(Settings):
+    """What is varied, and on which requests of the pipeline.
+
+    Attributes
+    ----------
+    scenario
+        Of the grids and the learning curves.
+    grids
+        One method's settings each.
+    sizes, curves
+        Forget sets of several sizes; learning curves.
+    feature_scenarios
+        Where the learned attack is given parts of what it sees.
+    conditional_scenario, conditional_methods, conditional_retrains
+        Of the comparison between the plain decoder and one that is told each cell's group.
+    """
+
+    scenario: Name
+    grids: list[GridSettings]
+    sizes: SizeSettings
+    curves: CurveSettings
+    feature_scenarios: Names
+    conditional_scenario: Name
+    conditional_methods: Names
+    conditional_retrains: Annotated[int, Field(ge=4)]
+
+
+class TheorySettings(Settings):
+    """The second pipeline (``make theory``): why methods that move parameters fail.
+
+    Attributes
+    ----------
+    models
+        Originals, from the first, and as many models of every other kind.
+    latent
+        Dimensions of the VAE with a small latent space.
+    overlap, factorisation, nets
+        Of the Fisher analysis and its classifiers.
+    proposition, worlds, ablation
+        Of the other stages.
+    """
+
+    models: Annotated[int, Field(ge=2)]
+    latent: Annotated[int, Field(gt=0)]
+    overlap: OverlapSettings
+    factorisation: FactorisationSettings
+    nets: NetsSettings
+    proposition: PropositionSettings
+    worlds: WorldsSettings
+    ablation: AblationSettings
+
+
 _unlearn_fields: dict[str, Any] = {name: (method.settings, ...) for name, method in METHODS.items()}
 UnlearnSettings = create_model("UnlearnSettings", __base__=Settings, **_unlearn_fields)
 
@@ -142,6 +202,7 @@ class Params(Settings):
     unlearn: UnlearnSettings
     audit: AuditSettings
     sweep: SweepSettings
+    theory: TheorySettings
 
     @model_validator(mode="after")
     def _described(self) -> Params:
