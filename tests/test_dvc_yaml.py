@@ -204,7 +204,7 @@ RUNS = {
 }
 SCIENCE = ("methods", "attacks", "audit", "fisher", "training", "tasks", "data", "models", "scoring", "loading",
            "seeding", "critics", "curvature", "gaussian", "percell", "private", "published", "engine", "search",
-           "sweeps")  # fmt: skip
+           "sweeps", "theory", "exhibits")  # fmt: skip
 # Imported, but no result comes from it: downloads happen outside the pipeline; of the splits, what reads them back
 # knows the names of the cell sets alone; the controls are drawn by `reference`, and `audit` reads them back; the ranges
 # beside a method's settings are for sweeps.

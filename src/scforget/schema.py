@@ -164,6 +164,8 @@ class TheorySettings(Settings):
         Originals, from the first, and as many models of every other kind.
     latent
         Dimensions of the VAE with a small latent space.
+    request
+        Whose numbers stand beside the single-cell paper's: a rare whole group.
     overlap, factorisation, nets
         Of the Fisher analysis and its classifiers.
     proposition, worlds, ablation
@@ -172,6 +174,7 @@ class TheorySettings(Settings):
 
     models: Annotated[int, Field(ge=2)]
     latent: Annotated[int, Field(gt=0)]
+    request: Name
     overlap: OverlapSettings
     factorisation: FactorisationSettings
     nets: NetsSettings

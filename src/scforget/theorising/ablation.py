@@ -75,6 +75,8 @@ class Ablation:
     def sizes(self) -> Record:
         """How much is remembered of forget sets of every size, of one cluster and scattered."""
         arena, settings, audit = self._arena, self._settings.sizes, self._params.audit
+        if not settings.sizes:
+            return {"rows": [], "contrasts": []}
         methods = self._methods(settings.methods)
         recipe = self._params.datasets[arena.dataset].training
         cases = sizes.size_cases(

@@ -32,7 +32,7 @@ class SizeSettings(Settings):
     Attributes
     ----------
     sizes
-        Cells to forget; those that the data set does not allow are left out.
+        Cells to forget; those that the data set does not allow are left out. With none there is no such ablation.
     retained_share
         At least this share of the training cells must be retained.
     retrains
@@ -41,7 +41,7 @@ class SizeSettings(Settings):
         Unlearned from every original, with their own settings.
     """
 
-    sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)]
+    sizes: list[Annotated[int, Field(ge=2)]]
     retained_share: Annotated[float, Field(gt=0, lt=1)]
     retrains: Annotated[int, Field(ge=RETRAINS)]
     methods: list[str]
