@@ -13,6 +13,7 @@ from scforget import artifacts, parallel, results
 from scforget.arrays import FloatArray
 from scforget.audit import utility
 from scforget.context import Context, open_theory
+from scforget.errors import ConfigError
 from scforget.exhibits import ablations, claims, fisher, fisher_more, guide, paper, paper_scatter, propositions, worlds
 from scforget.progress import Progress
 from scforget.report.figures import png_bytes, svg_text
@@ -45,6 +46,9 @@ class Exhibition:
     def __init__(self, context: Context) -> None:
         self.context, self.workspace = context, context.workspace
         self.params = context.params
+        if (own := self.params.theory.request) not in (known := self.params.pipeline.scenarios):
+            why = f"{own!r} is not in pipeline.scenarios; there are {', '.join(known)}"
+            raise ConfigError(self.workspace.params, "theory.request", why)
         self.audits = {
             (dataset, scenario): results.audits(self.workspace, dataset, scenario, self.params.pipeline.methods)
             for dataset in self.params.pipeline.datasets
