@@ -15,11 +15,15 @@ from scforget.attacks import ATTACKS
 from scforget.errors import ConfigError
 from scforget.methods import METHODS
 from scforget.settings import Settings
+from scforget.theory.worlds import WorldMethods
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "params.yaml"
 # whose keys are names that the person chooses
-OPEN = ("downloads", "datasets", "datasets.pbmc68k.scenarios", "sweep.development", "sweep.ranges")
+OPEN = (
+    "downloads", "datasets", "datasets.pbmc68k.scenarios", "sweep.development", "sweep.ranges", "theory.worlds.worlds",
+    "theory.worlds.methods",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +76,8 @@ def test_params_need_every_key_but_names(content):
             less = copy.deepcopy(content)
             del at(less, place)[key]
             error = refused(less)
-            # A scenario's key carries its kind in pydantic's location; without a kind there is none to carry.
-            if place[:3] != ("datasets", "pbmc68k", "scenarios"):
+            # A request's key carries its kind in pydantic's location; without a kind there is none to carry.
+            if place[:3] != ("datasets", "pbmc68k", "scenarios") and place[-1:] != ("forget",):
                 assert error.key == ".".join((*place, key))
                 assert error.why.startswith("missing;")
             tried += 1
@@ -204,6 +208,8 @@ def test_no_setting_has_a_default_that_dvc_would_not_see():
     ours = [kind for kind in settings(Settings) if kind.__module__.startswith("scforget")]
     assert len(ours) > 15
     for kind in ours:
+        if kind is WorldMethods:  # a method that is not named there is not run, which DVC does see
+            continue
         for name, field in kind.model_fields.items():
             assert field.is_required(), f"{kind.__name__}.{name}"
 

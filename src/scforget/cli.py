@@ -275,7 +275,7 @@ def proposition() -> None:
 
 @theory.command()
 def worlds() -> None:
-    """Unlearn in mixtures of Gaussians, where the truth about every point is known, and compare attacks and verdicts."""
+    """Unlearn in mixtures of Gaussians, whose truth is known, and compare attacks and verdicts with it."""
     from scforget.theorising import worlds as stage
 
     stage.worlds_stage()

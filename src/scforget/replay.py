@@ -197,7 +197,7 @@ def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
 
 def _report_artifacts(workspace: Workspace) -> dict[str, bytes]:
     own = (path for path in workspace.report.rglob("*") if path.is_file() and path.name != ".gitignore")
-    files = sorted(path for path in own if workspace.report / "theory" not in path.parents)  # that is another pipeline's
+    files = sorted(path for path in own if workspace.report / "theory" not in path.parents)  # another pipeline's
     return {path.relative_to(workspace.report).as_posix(): read_bytes(path) for path in files}
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, create_model
 
 from scforget import seeding
 from scforget.arrays import BoolArray, FloatArray, IntArray
@@ -42,6 +42,9 @@ Arrays = dict[str, FloatArray | BoolArray | IntArray]
 Record = dict[str, Any]
 #: Nodes along each axis of a plane world's picture.
 _PICTURE = 41
+_fields: dict[str, Any] = {name: (method.settings | None, None) for name, method in METHODS.items()}
+#: Settings of those methods that are run in the worlds, by name.
+WorldMethods = create_model("WorldMethods", __base__=Settings, **_fields)
 
 
 class Margins(Settings):
@@ -71,7 +74,7 @@ class WorldsSettings(Settings):
     neighbours
         Of each forgotten point, for controls matched as the single-cell paper does.
     methods
-        By name, each with settings that its class accepts.
+        Settings of the methods that are run, by their names.
     margins, level, interval_level, trace_shrinkage, bootstrap_draws
         As in the audit.
     quadrature
@@ -86,7 +89,7 @@ class WorldsSettings(Settings):
     fresh: FreshSettings
     likelihood_points: Annotated[int, Field(ge=2)]
     neighbours: Count
-    methods: dict[str, dict[str, Any]]
+    methods: WorldMethods
     margins: Margins
     level: Fraction
     interval_level: Fraction
@@ -94,17 +97,10 @@ class WorldsSettings(Settings):
     bootstrap_draws: Annotated[int, Field(ge=2)]
     quadrature: QuadratureSettings
 
-    @model_validator(mode="after")
-    def _known_methods(self) -> WorldsSettings:
-        for name in self.methods:
-            if name not in METHODS:
-                raise ValueError(f"no method {name!r}; there are {', '.join(METHODS)}")
-            self.method(name)
-        return self
-
-    def method(self, name: str) -> Settings:
-        """Settings of one method, checked by its own class."""
-        return METHODS[name].settings.model_validate(self.methods[name])
+    @property
+    def chosen(self) -> dict[str, Settings]:
+        """Settings of the methods that are run, by name."""
+        return {name: own for name in METHODS if (own := getattr(self.methods, name)) is not None}
 
 
 def _statistics(settings: WorldsSettings, models: Population, retrains: Population) -> dict[str, FloatArray]:
@@ -167,7 +163,7 @@ def _unlearned(
         method = METHODS[name]
         try:
             trained = method.run(
-                model, world.task, world.sets, settings.method(name), seed=seeding.derive(seed, name, index)
+                model, world.task, world.sets, settings.chosen[name], seed=seeding.derive(seed, name, index)
             )
         except NonFiniteError as error:
             return str(error)
@@ -249,7 +245,7 @@ def _score_all(
     first = judge(settings, scored["original"], scored["original"], scored["retrain"])
     leaks = not verdict.nothing_to_forget(first["membership"])
     failed: dict[str, str] = {}
-    for method in settings.methods if leaks else ():
+    for method in settings.chosen if leaks else ():
         found = _unlearned(settings, world, models["original"], method, seed)
         if isinstance(found, str):
             failed[method] = found
