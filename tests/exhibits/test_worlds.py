@@ -53,7 +53,7 @@ def test_membership_shows_each_population_once_and_says_where_nothing_is(worlds)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["original", "retrain", "apart", "ssd", "scrub"]
     assert "(leaks)" in texts(figure)
-    assert "(nothing to forget)" in texts(figure)
+    assert "(nothing\nto forget)" in texts(figure)
 
 
 def test_membership_draws_every_value_with_its_interval(worlds):

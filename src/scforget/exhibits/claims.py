@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 CLAIMS = OVERLAP + FACTORISATION + CONTROLS + ENTRIES
 VERDICTS = ("survives", "changes", "falls", "undetermined", "not measured")
 COLUMNS = ["claim", "published", "ours", "low", "high", "estimator", "verdict", "why"]
+#: A number beyond this is none to be printed.
+_UNBOUNDED = 1e4
 
 
 def holds(statement: Statement) -> bool | None:
@@ -72,7 +74,7 @@ def _row(claim: Claim, measured: Measured) -> dict[str, Any]:
     why = []
     if statement is not None and statement.estimate is not None:
         shown = {True: "holds", False: "refuted", None: "undecided"}[holds(statement)]
-        ends = f"{statement.estimate.low:.3g} to {statement.estimate.high:.3g}"
+        ends = f"{statement.estimate.low:.3g} to {_number(statement.estimate.high)}"
         limit = statement.above if statement.above is not None else statement.below
         why.append(f"{statement.words}: {shown} ({ends}, limit {limit:.3g})")
     if verdict != "not measured":
@@ -126,6 +128,8 @@ def _cell(text: object) -> str:
 
 
 def _number(value: float) -> str:
+    if abs(value) > _UNBOUNDED:  # a ratio whose divisor may be 0
+        return "no limit"
     return f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
 
 

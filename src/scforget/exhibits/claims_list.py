@@ -22,13 +22,15 @@ DEAD = 0.05
 
 def _layer(group: str) -> Callable[[Measured], str]:
     def why(m: Measured) -> str:
-        null = dig(m.place(m.base), "overlap", group, "same_size")
+        own = dig(m.place(m.base), "overlap", group)
+        null = dig(own, "same_size")
         parts = [m.by_its_estimator(group)]
         if m.squared != m.base:
             parts.append(f"under squared error {shown(m.overlap(m.squared, group))}")
         if null:
-            few = f"as many random cells {null['unbiased']:.3g}"
-            parts.append(f"{few}; share of such sets that overlap no more: {null['p_lower']:.2g}")
+            few = f"as many random cells {null['unbiased']:.3g} and {null['cosine']:.3g}"
+            parts.append(f"noise not removed {own['cosine']:.3g}; {few}")
+            parts.append(f"share of such sets that overlap no more: {null['p_lower']:.2g}")
         return "; ".join(part for part in parts if part)
 
     return why

@@ -79,7 +79,7 @@ def membership(worlds: Sequence[Record]) -> Figure:
     lower.yaxis.set_major_formatter("{x:g}")
     upper.set_ylabel("membership AUC\n(0.5: nothing leaks)")
     lower.set_ylabel("trace\n(spreads of the retrains)")
-    said = [("leaks" if row["leaks"] else "nothing to forget") for row in worlds]
+    said = [("leaks" if row["leaks"] else "nothing\nto forget") for row in worlds]
     labels = [f"{row['world'].replace('_', chr(10))}\n({word})" for row, word in zip(worlds, said, strict=True)]
     lower.set_xticks(range(len(worlds)), labels, fontsize=7.5)
     upper.set_title(
