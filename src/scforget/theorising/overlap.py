@@ -13,6 +13,7 @@ from torch import Tensor
 from scforget import artifacts, parallel, seeding
 from scforget.arrays import FloatArray, IntArray
 from scforget.context import Context, open_theory
+from scforget.fisher import Diagonal
 from scforget.models.vae import VAE
 from scforget.progress import Progress
 from scforget.results import Record
@@ -67,74 +68,102 @@ def _compared(
     )  # fmt: skip
 
 
-def _classifiers(
+class _Net(NamedTuple):
+    """What one classifier has to say."""
+
+    facts: Record
+    grams: dict[str, FloatArray]
+    exact: dict[str, Record]
+    points: dict[str, FloatArray]
+
+
+class Classifiers:
+    """The controls without a decoder: a linear probe, a deep net, and one of the VAE's size.
+
+    Called with a kind and the place of a seed, so that worker processes can share them.
+    """
+
+    def __init__(self, arena: Arena, originals: Sequence[VAE], requests: Mapping[str, Request]) -> None:
+        self._arena, self._originals, self._requests = arena, originals, requests
+        self._every, self._codes = np.arange(len(arena.labels)), arena.codes
+        parts = np.array_split(self._every, 8)
+        self._expression = np.concatenate([arena.task.batch(part).inputs.cpu().numpy() for part in parts])
+        settings, train = arena.settings.nets, arena.sets.train
+        widths = nets.matched_widths(
+            self._expression.shape[1], settings.deep.hidden, int(self._codes.max()) + 1,
+            parameters=nets.live_parameters(originals[0]), tolerance=settings.tolerance,
+        )  # fmt: skip
+        matched = settings.deep.model_copy(update={"hidden": widths})
+        self.kinds = {"probe": settings.probe, "deep": settings.deep, "matched": matched}
+        self.cells = analysis.sample(train, requests, arena.settings.overlap.cells, arena.context.params.seed)
+
+    def __call__(self, item: tuple[str, int]) -> _Net:
+        """Train one, and look at it."""
+        (kind, place), arena, codes = item, self._arena, self._codes
+        train, unseen, params = arena.sets.train, arena.sets.unseen, arena.context.params
+        inputs = self._expression
+        if kind == "probe":
+            inputs = arena.task.signals(self._originals[place], self._every).mu
+        net, facts = nets.fit_classifier(
+            inputs[train], codes[train], self.kinds[kind], seeding.derive(params.seed, kind, arena.seeds[place]),
+            classes=int(codes.max()) + 1, held_out=(inputs[unseen], codes[unseen]), level=params.audit.interval_level,
+        )  # fmt: skip
+        grams = overlap.net_grams(net, partial(_net_losses, net, inputs, codes), self.cells)
+        exact: dict[str, Record] = {}
+        points: dict[str, FloatArray] = {}
+        for name, request in self._requests.items():
+            retain = np.setdiff1d(train, request.forget)
+            exact[name], observed = _net_diagonals(net, inputs, codes, (request.forget, retain))
+            points[name] = analysis.points(observed[0], observed[1], seed=0)
+        return _Net(facts, grams, exact, points)
+
+
+def _classified(
     arena: Arena, originals: Sequence[VAE], requests: Mapping[str, Request]
 ) -> tuple[Record, dict[str, FloatArray]]:
-    """The controls without a decoder: a linear probe, a deep net, and one of the VAE's size."""
-    context, settings = arena.context, arena.settings.nets
-    every = np.arange(len(arena.labels))
-    expression = np.concatenate([arena.task.batch(part).inputs.cpu().numpy() for part in np.array_split(every, 8)])
-    codes, train, unseen = arena.codes, arena.sets.train, arena.sets.unseen
-    classes, level = int(codes.max()) + 1, context.params.audit.interval_level
-    live = nets.live_parameters(originals[0])
-    widths = nets.matched_widths(
-        expression.shape[1], settings.deep.hidden, classes, parameters=live, tolerance=settings.tolerance
-    )
-    kinds = {
-        "probe": settings.probe, "deep": settings.deep, "matched": settings.deep.model_copy(update={"hidden": widths})
-    }  # fmt: skip
-    cells = analysis.sample(train, requests, arena.settings.overlap.cells, context.params.seed)
+    """Train and compare all classifiers; the points of the picture are those of the first of each kind."""
+    context, classify = arena.context, Classifiers(arena, originals, requests)
+    items = [(kind, place) for kind in classify.kinds for place in range(len(originals))]
+    with Progress(f"{context.item.name} classifiers", len(items)) as progress:
+        made = dict(zip(items, parallel.each(classify, items, progress.advance), strict=True))
     found: Record = {}
     scatter: dict[str, FloatArray] = {}
-    with Progress(f"{context.item.name} classifiers", len(kinds) * len(originals)) as progress:
-        for kind, how in kinds.items():
-            grams, facts = [], []
-            exact: dict[str, list[Record]] = {name: [] for name in requests}
-            for seed, original in zip(arena.seeds, originals, strict=True):
-                inputs = expression if kind != "probe" else arena.task.signals(original, every).mu
-                net, fact = nets.fit_classifier(
-                    inputs[train], codes[train], how, seeding.derive(context.params.seed, kind, seed), classes=classes,
-                    held_out=(inputs[unseen], codes[unseen]), level=level,
-                )  # fmt: skip
-                facts.append(fact)
-                grams.append(overlap.net_grams(net, partial(_net_losses, net, inputs, codes), cells))
-                for name, request in requests.items():
-                    exact[name].append(_net_diagonals(net, inputs, codes, request.forget, train))
-                    if seed == arena.seeds[0]:
-                        scatter[f"{kind}/{name}"] = _net_points(net, inputs, codes, request.forget, train)
-                progress.advance()
-            found[kind] = {
-                "facts": facts,
-                "requests": {
-                    name: {"overlap": _compared(grams, cells, request, context, classifier=True), "models": exact[name]}
-                    for name, request in requests.items()
-                },
-            }
+    for kind in classify.kinds:
+        own = [made[kind, place] for place in range(len(originals))]
+        grams = [one.grams for one in own]
+        found[kind] = {
+            "facts": [one.facts for one in own],
+            "requests": {
+                name: {
+                    "overlap": _compared(grams, classify.cells, request, context, classifier=True),
+                    "models": [one.exact[name] for one in own],
+                }
+                for name, request in requests.items()
+            },
+        }
+        scatter |= {f"{kind}/{name}": values for name, values in own[0].points.items()}
     return found, scatter
 
 
 def _net_losses(net: nets.Classifier, inputs: FloatArray, codes: IntArray, cells: IntArray) -> Tensor:
-    (batch,) = nets.observed(inputs, codes, cells)
+    (batch,) = nets.observed(inputs, codes, cells)  # of cells that are a batch already
     return nets.classifier_losses(net, batch)
 
 
 def _net_diagonals(
-    net: nets.Classifier, inputs: FloatArray, codes: IntArray, forget: IntArray, train: IntArray
-) -> Record:
-    """Exact diagonals by observed labels (the empirical Fisher), and by labels that the net draws (the true one)."""
-    retain, found = np.setdiff1d(train, forget), {}
-    for name, labels in (("observed", codes), ("expected", None)):
-        one, other = (nets.classifier_fisher(net, inputs, labels, cells) for cells in (forget, retain))
-        found[name] = overlap.diagonals(one, other, overlap.classifier_parts, overlap.CLASSIFIER_GROUPS)
-    return found
+    net: nets.Classifier, inputs: FloatArray, codes: IntArray, sets: tuple[IntArray, IntArray]
+) -> tuple[Record, tuple[Diagonal, Diagonal]]:
+    """Exact diagonals by observed labels (empirical Fisher; returned as well) and by the net's own (the true one)."""
 
+    def both(labels: IntArray | None) -> tuple[Diagonal, Diagonal]:
+        first, second = (nets.classifier_fisher(net, inputs, labels, cells) for cells in sets)
+        return first, second
 
-def _net_points(
-    net: nets.Classifier, inputs: FloatArray, codes: IntArray, forget: IntArray, train: IntArray
-) -> FloatArray:
-    retain = np.setdiff1d(train, forget)
-    one, other = (nets.classifier_fisher(net, inputs, codes, cells) for cells in (forget, retain))
-    return analysis.points(one, other, seed=0)
+    def compared(pair: tuple[Diagonal, Diagonal]) -> Record:
+        return overlap.diagonals(pair[0], pair[1], overlap.classifier_parts, overlap.CLASSIFIER_GROUPS)
+
+    observed = both(codes)
+    return {"observed": compared(observed), "expected": compared(both(None))}, observed
 
 
 def overlap_stage(dataset: str) -> None:
@@ -159,7 +188,7 @@ def overlap_stage(dataset: str) -> None:
         name: _variant(name, list(zip(subjects, looks, strict=True)), cells, requests, context) for name in made
     }
     scatter = {f"vae/{name}": values for name, values in looks[0][0].scatter.items()}
-    classifiers, points = _classifiers(arena, originals, requests)
+    classifiers, points = _classified(arena, originals, requests)
     scatter |= points
     artifacts.write_arrays(context.theory / "scatter.npz", scatter)
     artifacts.write_json(
