@@ -194,15 +194,25 @@ def _grid_name(rows: list[Record]) -> str:
     return f"{rows[0]['method']}: {' × '.join(rows[0]['values'])}"
 
 
+class _Writer:
+    """Draws one picture and writes it as PNG and as SVG; worker processes share the pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, picture: tuple[str, Draw]) -> None:
+        """Draw; the picture is on disk before the next is begun."""
+        stem, draw = picture
+        figure = draw()
+        artifacts.write_bytes(self._folder / f"{stem}.png", png_bytes(figure))
+        artifacts.write_bytes(self._folder / f"{stem}.svg", svg_text(figure).encode())
+
+
 def _write(folder: Path, pictures: Iterator[tuple[str, Draw]], name: str) -> int:
-    """Draw and write pictures one by one, as PNG and as SVG."""
+    """Draw and write pictures on all cores."""
     every = list(pictures)
     with Progress(name, len(every), "pictures") as progress:
-        for stem, draw in every:
-            figure = draw()
-            artifacts.write_bytes(folder / f"{stem}.png", png_bytes(figure))
-            artifacts.write_bytes(folder / f"{stem}.svg", svg_text(figure).encode())
-            progress.advance()
+        parallel.each(_Writer(folder), every, progress.advance)
     return len(every)
 
 
