@@ -260,7 +260,11 @@ class Store:
             found = self._client.get_experiment_by_name(EXPERIMENT)
         for key, view in _VIEWS.items():
             if key not in found.tags:
-                self._client.set_experiment_tag(found.experiment_id, key, view)
+                try:
+                    self._client.set_experiment_tag(found.experiment_id, key, view)
+                except MlflowException:  # another writer was quicker, and the tag is unique
+                    if key not in self._client.get_experiment(found.experiment_id).tags:
+                        raise
         return found
 
     def log(self, run: Run, source: str) -> bool:

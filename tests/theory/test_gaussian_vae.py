@@ -149,7 +149,7 @@ def test_likelihood_gap_is_the_kl_of_the_encoder_to_the_exact_posterior(task, li
         away = means[i] - mu[i]
         kl = 0.5 * (np.trace(inverse @ own) + away @ inverse @ away - 2)
         kl += 0.5 * (np.linalg.slogdet(covariance)[1] - log_var[i].sum())
-        assert found.gap[i] == pytest.approx(kl, abs=1e-5)
+        assert found.gap[i] == pytest.approx(kl, rel=1e-4)  # the encoder answers in float32
     np.testing.assert_allclose(found.elbo + found.gap, found.log_likelihood)
 
 
