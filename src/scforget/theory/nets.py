@@ -233,12 +233,8 @@ def fit_classifier(
         Forget and retain cells: P0's classifiers are trained on both.
     labels : ``[N]``
         Class codes 0, …, C − 1.
-    settings
-        See :class:`ClassifierSettings`.
-    seed
-        Names the streams of initial weights, order and dropout.
-    classes
-        C; there may be classes without a cell.
+    seed, classes
+        Names the streams of initial weights, order and dropout; C, where there may be classes without a cell.
     held_out : ``[M, F]``, ``[M]``
         Cells that are only looked at when training is over.
     level
@@ -246,11 +242,9 @@ def fit_classifier(
 
     Returns
     -------
-    Classifier
-        In eval mode.
-    dict
-        ``parameters`` P, ``epochs`` taken, ``stopped`` (whether the accuracy was reached), and ``train`` and
-        ``held_out`` as :func:`accuracy` has them.
+    Classifier, dict
+        In eval mode; ``parameters`` P, ``epochs`` taken, ``stopped`` (whether the accuracy was reached), and ``train``
+        and ``held_out`` as :func:`accuracy` has them.
 
     Raises
     ------

@@ -157,12 +157,8 @@ def compare(
         Which cells are forgotten (2 at least); the others are retained.
     unrelated : ``[n]``
         Retained cells of another kind.
-    level
-        Of intervals.
-    seed
-        Of the resamples and of the random sets.
-    classifier
-        Whose parts they are.
+    level, seed, classifier
+        Of intervals; of resamples and random sets; whose parts they are.
 
     Returns
     -------
