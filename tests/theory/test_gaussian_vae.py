@@ -81,7 +81,7 @@ def test_divergence_is_the_kl_of_the_decoded_normals(task, model):
         decoded = one.decode(one.encode(batch.inputs)[0])
         laws.append(Normal(decoded.logits, (-0.5 * decoded.log_inverse_dispersion).exp()))
     torch.testing.assert_close(found, kl_divergence(*laws).sum(-1))
-    assert (task.divergence(model, model, batch).total.abs() < 1e-5).all()
+    assert (task.divergence(model, model, batch).total.abs() < 1e-6).all()
 
 
 def test_fisher_diagonal_is_the_mean_of_squared_single_gradients(task, model):
@@ -106,8 +106,8 @@ def test_fisher_diagonal_is_the_mean_of_squared_single_gradients(task, model):
 
 def test_log_likelihood_is_the_marginal_normal_of_a_linear_decoder(task, linear):
     found, error = log_likelihood(linear, points_of(task), QUADRATURE)
-    np.testing.assert_allclose(found, marginal(linear)[0].logpdf(points_of(task)), rtol=1e-5, atol=1e-6)
-    assert (error < 1e-5).all()
+    np.testing.assert_allclose(found, marginal(linear)[0].logpdf(points_of(task)), atol=1e-6)
+    assert (error < 1e-6).all()
 
 
 def test_log_likelihood_is_an_adaptive_integral_of_a_deep_decoder(task, model):
@@ -133,7 +133,7 @@ def test_log_likelihood_error_shows_a_grid_that_is_too_coarse(task, linear):
     found, error = log_likelihood(linear, points_of(task), QUADRATURE.model_copy(update={"nodes": 25}))
     off = np.abs(found - wanted)
     assert off.max() > 1
-    assert (error > 0.3)[off > 1].all()  # it is an estimate, of the right size
+    assert (error > 1)[off > 1].all()
 
 
 def test_likelihood_gap_is_the_kl_of_the_encoder_to_the_exact_posterior(task, linear):
@@ -150,7 +150,7 @@ def test_likelihood_gap_is_the_kl_of_the_encoder_to_the_exact_posterior(task, li
         away = means[i] - mu[i]
         kl = 0.5 * (np.trace(inverse @ own) + away @ inverse @ away - 2)
         kl += 0.5 * (np.linalg.slogdet(covariance)[1] - log_var[i].sum())
-        assert found.gap[i] == pytest.approx(kl, rel=1e-4)  # the encoder answers in float32
+        assert found.gap[i] == pytest.approx(kl, abs=1e-5)
     np.testing.assert_allclose(found.elbo + found.gap, found.log_likelihood)
 
 
