@@ -21,10 +21,10 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-data/pbmc68k: | $(BIN)/.installed # only when it is missing: data of one's own under data/ are in no remote of ours
+data/pbmc68k data/digits: | $(BIN)/.installed # only when missing: data of one's own under data/ are in no remote of ours
 	dvc pull --quiet --remote bundled data.dvc
 
-repro: $(BIN)/.installed data/pbmc68k ## run the whole pipeline and print the result
+repro: $(BIN)/.installed data/pbmc68k data/digits ## run the whole pipeline and print the result
 	dvc repro
 	@scforget show
 

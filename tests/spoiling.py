@@ -36,18 +36,20 @@ def shrink(params: Any) -> None:
     dataset["training"]["max_epochs"] = 2
     params["pipeline"] = {
         "datasets": ["tiny"], "scenarios": ["half"], "shadow_blocks": [0], "methods": ["ssd", "partial_reset"],
+        "classifiers": {**params["pipeline"]["classifiers"], "datasets": []},
     }  # fmt: skip
+    params["classifiers"] = {}
     params["train"]["seeds"], params["retrain"]["seeds"] = [0, 1], [0, 1, 2]
     params["audit"].update(bootstrap_draws=50, null_draws=200)
     params["sweep"]["methods"] = []
 
 
-def tiny_project(root: Path) -> None:
+def tiny_project(root: Path, change: Callable[[Any], None] = shrink) -> None:
     """Lay out a project of raw cells and settings: nothing is made yet."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, root)
     (root / "src").symlink_to(ROOT / "src")
-    edit(root, shrink)
+    edit(root, change)
     (root / RAW).parent.mkdir(parents=True)
     simulate(PRESETS["tiny"], seed=0).write_h5ad(root / RAW)
 

@@ -75,6 +75,9 @@ class Scorer:
         self.scored.append(folder.name)
         return population(int((folder / "0.safetensors").read_text()), 4)
 
+    def more(self, *_: object) -> dict[str, Any]:
+        return {}
+
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:

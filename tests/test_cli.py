@@ -197,7 +197,7 @@ def test_audit_explain_of_an_unknown_request_names_the_known_ones(command, audit
 def test_data_list_names_every_public_set_and_its_licence(command):
     code, out, err = command("data", "list")
     assert (code, err) == (0, "")
-    assert [line.split(":")[0] for line in out.splitlines()] == ["pbmc33k", "pbmc3k", "tabula_muris"]
+    assert [line.split(":")[0] for line in out.splitlines()] == ["fashion_mnist", "pbmc33k", "pbmc3k", "tabula_muris"]
     assert out.count("CC BY 4.0") == 2
 
 
@@ -208,8 +208,8 @@ def test_data_bundled_makes_the_files_that_are_under_dvc(command, tmp_path):
     assert {path.name for path in (tmp_path / "data/pbmc68k").iterdir()} == {
         "ATTRIBUTION.md", "barcodes.tsv.gz", "cells.csv", "features.tsv.gz", "matrix.mtx.gz"
     }  # fmt: skip
-    assert dvc_md5(tmp_path / "data") == "77c7b9b5a7bbf89a04e05ef67f243fbc.dir"
-    assert "77c7b9b5a7bbf89a04e05ef67f243fbc.dir" in (ROOT / "data.dvc").read_text()
+    assert dvc_md5(tmp_path / "data") == "6b2417f3f99bbe3fe02e60b7a7d8cb3b.dir"
+    assert "6b2417f3f99bbe3fe02e60b7a7d8cb3b.dir" in (ROOT / "data.dvc").read_text()
 
 
 def test_ui_serves_what_its_options_say(command, monkeypatch, tmp_path):

@@ -13,7 +13,9 @@ import pytest
 from anndata import AnnData, read_h5ad
 from scipy import sparse
 
+from picturing import lay, packed, pixels, png
 from scforget import config, datasets, schema
+from scforget.data import images
 from scforget.data.public import FetchResult
 from scforget.data.synthetic import PRESETS, simulate
 from scforget.errors import ArtifactError, ConfigError, DataError
@@ -194,6 +196,65 @@ def test_add_on_a_full_disk_leaves_nothing_half_copied(project, h5ad, monkeypatc
     assert not added
 
 
+# images
+
+GREY = pixels(4, 3, 5)
+PICTURES = {f"{name}/{i}.png": png(GREY[i]) for i, name in enumerate("aabb")}
+
+
+@pytest.mark.parametrize("put", [lay, lambda folder, files: packed(folder / "set.zip", files)])
+def test_add_copies_an_image_set_and_says_where_to_describe_it(project, tmp_path, added, capsys, put):
+    path = put(tmp_path / "mine", PICTURES)
+    datasets.add(project, path, "clothes", None)
+    said = capsys.readouterr().err
+    assert "next: describe it under classifiers.clothes in params.yaml" in said
+    assert "not be used" not in said
+    assert tree(project / "data/clothes") == ({"set.zip"} if path.is_file() else set(PICTURES))
+    found = images.read(project / "data/clothes")
+    np.testing.assert_array_equal(found.inputs[:, 0], GREY)
+    assert len(added) == 1
+
+
+def test_add_says_how_many_images_will_not_be_used(project, tmp_path, added, capsys):
+    people = "p", "q", "r", "r", "s"
+    table = "\n".join(["file,identity", *(f"{name},{who}" for name, who in zip([*PICTURES, "b/9.png"], people))])  # noqa: B905
+    files = PICTURES | {"a/1.png": png(GREY[0]), "b/3.png": png(GREY[2]), "b/9.png": png(GREY[3])}
+    datasets.add(project, lay(tmp_path / "mine", files | {"metadata.csv": table.encode()}), "faces", None)
+    said = "3 of the images will not be used: 1 repetitions, 2 images of more than one person"
+    assert said in capsys.readouterr().err
+
+
+def test_add_refuses_images_that_no_classifier_can_use_and_leaves_nothing(project, tmp_path, added):
+    small = PICTURES | {"b/9.png": png(pixels(1, 2, 2)[0])}
+    for files, said in ((small, r"'b/9\.png' of 2 x 2 pixels"), ({"a/1.png": png(GREY[0])}, "a single class")):
+        with pytest.raises(DataError, match=said):
+            datasets.add(project, lay(tmp_path / said[1:4], files), "mine", None)
+    with pytest.raises(DataError, match="--layer raw: found an image set; wanted no layer"):
+        datasets.add(project, lay(tmp_path / "whole", PICTURES), "mine", "raw")
+    assert tree(project) == {"params.yaml", "data/old/cells.csv"}
+    assert not added
+
+
+def test_add_copies_a_public_image_set_alone(project, tmp_path, monkeypatch, added):
+    """Not the package that it came in."""
+    home = lay(project / "downloads/fashion_mnist", {"fashion_mnist.deb": b"large"})
+    inner = lay(home / "fashion_mnist/usr/share", PICTURES)
+    monkeypatch.setattr(datasets.public, "fetch", lambda *_, **__: FetchResult((inner,), "ab" * 32))
+    datasets.add(project, home, "clothes", None)
+    assert tree(project / "data/clothes") == set(PICTURES)
+
+
+def test_bundled_makes_what_is_missing_and_leaves_what_is_there(tmp_path):
+    (tmp_path / "data/pbmc68k").mkdir(parents=True)
+    datasets.bundled(tmp_path)
+    assert tree(tmp_path) == {"data/digits/images.npz", "data/digits/ATTRIBUTION.md"}
+    shutil.rmtree(tmp_path / "data/pbmc68k")
+    (tmp_path / "data/digits/images.npz").write_bytes(b"mine")
+    datasets.bundled(tmp_path)
+    assert len(tree(tmp_path / "data/pbmc68k")) == 5
+    assert (tmp_path / "data/digits/images.npz").read_bytes() == b"mine"
+
+
 # simulate
 
 
@@ -261,6 +322,6 @@ def test_fetch_that_fails_records_nothing(project, monkeypatch):
 
 
 def test_fetch_names_the_known_sets_for_an_unknown_one(project, fetched):
-    with pytest.raises(DataError, match="found 'pbmc4k'; wanted one of pbmc33k, pbmc3k, tabula_muris"):
+    with pytest.raises(DataError, match="found 'pbmc4k'; wanted one of fashion_mnist, pbmc33k, pbmc3k, tabula_muris"):
         datasets.fetch(project, "pbmc4k")
     assert not fetched

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scforget import auditing, cli, closing, config, pipeline, stages
-from scforget.attacks import ATTACKS
-from scforget.methods import METHODS
+from scforget import auditing, cli, cli_classifier, closing, config, pipeline, stages
+from scforget.attacks import ATTACKS, CLASS_ATTACKS
+from scforget.methods import CLASSIFIER_METHODS, METHODS
 from scforget.pipeline import Item, Pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +22,7 @@ SOURCE = ROOT / "src" / "scforget"
 
 DVC: dict[str, Any] = config.read_yaml(ROOT / "dvc.yaml")["stages"]
 PARAMS: dict[str, Any] = config.read_yaml(ROOT / "params.yaml")
+CLASSIFIED = [stage for stage in DVC if stage.endswith("_classifier")]
 
 
 def filled(stage: str) -> list[tuple[Item, list[str]]]:
@@ -43,8 +45,10 @@ def test_the_default_pipeline_has_as_many_items_as_it_is_known_to_have():
     assert counts == {
         "prepare": 1, "split": 1, "train": 1, "retrain": 3, "shadows": 2, "unlearn": 3, "reference": 3, "audit": 3,
         "sweep": 3, "report": 1, "track": 1,
+        "prepare_classifier": 2, "train_classifier": 2, "retrain_classifier": 2, "shadows_classifier": 4,
+        "unlearn_classifier": 2, "reference_classifier": 2, "audit_classifier": 2,
     }  # fmt: skip
-    assert sum(counts.values()) == 22
+    assert sum(counts.values()) == 38
 
 
 def test_stages_are_commands_and_functions_of_the_same_name():
@@ -52,8 +56,10 @@ def test_stages_are_commands_and_functions_of_the_same_name():
         command.callback.__name__: command for command in cli.app.registered_commands
         if command.rich_help_panel == cli.PIPELINE
     }  # fmt: skip
-    assert [stage for stage in DVC if stage != "sweep"] == list(commands)
+    assert [stage for stage in DVC if stage not in ("sweep", *CLASSIFIED)] == list(commands)
     for stage, described in DVC.items():
+        if stage in CLASSIFIED:
+            continue
         if stage == "sweep":  # a command of its own: people run it with budgets of theirs
             own = "--dataset ${item.dataset} --scenario ${item.scenario}"
             assert described["cmd"] == f"scforget sweep ${{item.method}} {own}"
@@ -66,9 +72,24 @@ def test_stages_are_commands_and_functions_of_the_same_name():
         assert list(function.__annotations__)[: len(axes)] == axes  # the command's arguments, in this order
 
 
+def test_a_classifiers_stage_is_a_command_of_their_group_and_the_same_function():
+    commands = {command.callback.__name__: command.callback for command in cli_classifier.app.registered_commands}
+    assert [stage.removesuffix("_classifier") for stage in CLASSIFIED] == list(commands)
+    for stage in CLASSIFIED:
+        kind, axes = stage.removesuffix("_classifier"), list(DVC[stage]["matrix"])
+        assert DVC[stage]["cmd"] == " ".join(["scforget classifier", kind, *(f"${{item.{axis}}}" for axis in axes)])
+        assert list(commands[kind].__annotations__)[: len(axes)] == axes
+        if kind != "prepare":  # which reads other data
+            assert callable(getattr(auditing if kind in ("reference", "audit") else stages, kind))
+            assert axes == list(DVC[kind]["matrix"])
+
+
 def test_axes_are_the_lists_of_params():
     for stage, described in DVC.items():
         for axis, value in described.get("matrix", {}).items():
+            if stage in CLASSIFIED:
+                assert value == f"${{pipeline.classifiers.{axis}s}}"
+                continue
             section = "sweep" if stage == "sweep" and axis != "dataset" else "pipeline"
             assert value == f"${{{section}.{axis}s}}"
 
@@ -118,7 +139,7 @@ def test_every_request_that_is_swept_has_retrained_models_and_another_to_develop
 def test_every_method_has_a_file_a_section_and_a_place_in_the_pipeline():
     assert list(PARAMS["unlearn"]) == list(METHODS)
     files = {path.stem for path in (SOURCE / "methods").glob("*.py")} - {"__init__"}
-    assert files == set(METHODS)
+    assert files == {*METHODS, *CLASSIFIER_METHODS, "class_finetune"}
     assert PARAMS["pipeline"]["methods"] == [name for name in METHODS if not name.endswith("_published")]
     assert {"pipeline.methods", "unlearn"} <= set(DVC["unlearn"]["params"])
     assert "src/scforget/methods" in DVC["unlearn"]["deps"]
@@ -127,11 +148,27 @@ def test_every_method_has_a_file_a_section_and_a_place_in_the_pipeline():
         assert method.run.__name__ == name
 
 
+def test_every_method_of_classifiers_has_a_section_and_a_place_in_the_pipeline():
+    assert list(PARAMS["unlearn_classifier"]) == list(CLASSIFIER_METHODS)
+    assert PARAMS["pipeline"]["classifiers"]["methods"] == list(CLASSIFIER_METHODS)
+    for name, method in CLASSIFIER_METHODS.items():
+        own = {"retain_finetune": "class_finetune"}.get(name, name)
+        assert method.run.__module__ == f"scforget.methods.{own}"
+        assert method.run.__name__.removeprefix("class_") == own.removeprefix("class_")
+
+
+def test_methods_that_serve_both_families_are_one_function():
+    assert {name for name in METHODS if name in CLASSIFIER_METHODS} == {"retain_finetune", "ssd", "scrub", "ungan"}
+    for name in ("ssd", "ungan"):
+        assert METHODS[name].run is CLASSIFIER_METHODS[name].run
+
+
 def test_every_attack_has_a_file_and_a_section():
+    assert list(PARAMS["audit_classifier"]["attacks"]) == list(CLASS_ATTACKS)
     assert list(PARAMS["audit"]["attacks"]) == list(ATTACKS)
     files = {path.stem for path in (SOURCE / "attacks").glob("*.py")} - {"__init__"}
     # what attacks share, a second way to compare populations, and the attack that has no settings
-    assert files - {"references", "nets", "kaggle", "gene_list"} == set(ATTACKS)
+    assert files - {"references", "nets", "kaggle", "gene_list"} == {*ATTACKS, *CLASS_ATTACKS}
 
 
 def test_every_dependency_is_a_file_or_made_by_a_stage():
@@ -174,7 +211,7 @@ def test_every_param_that_a_stage_tracks_is_there():
 def test_timings_are_an_out_on_which_only_the_end_of_the_pipeline_depends():
     for stage, described in DVC.items():
         volatile = [out for out in described.get("outs", []) if isinstance(out, str) and out.endswith("cost.json")]
-        assert len(volatile) == (stage in ("train", "retrain", "shadows"))
+        assert len(volatile) == (stage.removesuffix("_classifier") in ("train", "retrain", "shadows"))
         if stage not in ("report", "track"):
             assert not any(dep.startswith("results/unlearn") for dep in described["deps"])  # its timings are inside
             assert not any(dep.endswith("cost.json") or dep == "results" for dep in described["deps"])
@@ -201,19 +238,49 @@ RUNS = {
     "reference": ["scoring.py", "attacks", "audit"],
     "audit": ["scoring.py", "attacks", "audit"],
     "sweep": ["sweeps", "training.py", "search.py", "engine.py"],
-}
+    "prepare_classifier": ["data/class_splits.py", "data/images.py", "data/items.py", "data/prepare.py",
+                           "data/sources.py", "data/splits.py", "seeding.py"],
+    "train_classifier": ["class_training.py", "families.py"],
+    "retrain_classifier": ["class_training.py", "families.py"],
+    "shadows_classifier": ["class_training.py", "families.py", "shadows.py", "data/splits.py"],
+    "unlearn_classifier": ["methods", "families.py"],
+    "reference_classifier": ["class_scoring.py", "attacks", "audit"],
+    "audit_classifier": ["class_scoring.py", "attacks", "audit"],
+}  # fmt: skip
 SCIENCE = ("methods", "attacks", "audit", "fisher", "training", "tasks", "data", "models", "scoring", "loading",
            "seeding", "critics", "curvature", "gaussian", "percell", "private", "published", "engine", "search",
-           "sweeps", "theory", "exhibits")  # fmt: skip
+           "sweeps", "theory", "exhibits", "class_tasks", "class_training", "class_scoring", "cramer", "shadows",
+           "families")  # fmt: skip
 # Imported, but no result comes from it: downloads happen outside the pipeline; of the splits, what reads them back
 # knows the names of the cell sets alone; the controls are drawn by `reference`, and `audit` reads them back; the ranges
 # beside a method's settings are for sweeps.
-DRAWN_BEFORE = {"data/splits.py"}
-HARMLESS = {
+# A scorer asks its family for settings and files; nothing is trained there. Classifiers share the loop of training.py
+# with VAEs, and through it see tasks.py.
+DRAWN_BEFORE = frozenset({"data/splits.py"})
+NOT_TRAINED = {"families.py", "training.py", "class_tasks.py", "class_training.py", "shadows.py", "optimisers.py"}
+OF_VAES = {"tasks.py"}
+HARMLESS: dict[str, Set[str]] = {
     "prepare": {"data/public.py"},
-    **dict.fromkeys(("train", "retrain", "reference", "sweep"), DRAWN_BEFORE),
+    "prepare_classifier": {"data/public.py"},
+    **dict.fromkeys(("train", "retrain", "sweep"), DRAWN_BEFORE),
+    "reference": {*DRAWN_BEFORE, *NOT_TRAINED},
     "unlearn": {*DRAWN_BEFORE, "search.py"},
-    "audit": {*DRAWN_BEFORE, "data/controls.py"},
+    "audit": {*DRAWN_BEFORE, *NOT_TRAINED, "data/controls.py"},
+    "train_classifier": {*DRAWN_BEFORE, *OF_VAES, "shadows.py"},
+    "retrain_classifier": {*DRAWN_BEFORE, *OF_VAES, "shadows.py"},
+    "shadows_classifier": OF_VAES,
+    # the folder of methods is one dependency, and what the VAEs' alone import comes with it
+    "unlearn_classifier": {
+        *DRAWN_BEFORE,
+        "search.py",
+        "shadows.py",
+        "critics.py",
+        "gaussian.py",
+        "private.py",
+        "published.py",
+    },
+    "reference_classifier": {*DRAWN_BEFORE, *NOT_TRAINED, *OF_VAES},
+    "audit_classifier": {*DRAWN_BEFORE, *NOT_TRAINED, *OF_VAES},
 }
 
 
@@ -249,7 +316,7 @@ def closure(seeds: list[str]) -> set[str]:
 
 def test_imported_finds_modules_names_and_rooms():
     assert imported(SOURCE / "methods/ssd.py") == {
-        "fisher.py", "curvature.py", "search.py", "data/splits.py", "models/vae.py", "tasks.py", "training.py"
+        "fisher.py", "curvature.py", "search.py", "data/splits.py", "tasks.py", "training.py"
     }  # fmt: skip
 
 

@@ -15,8 +15,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from scforget import engine, seeding
+from scforget.arrays import IntArray
+from scforget.class_tasks import AugmentationSettings, ClassBatch, ClassifierTask
+from scforget.class_training import AdamSettings, class_epoch, new_optimiser
 from scforget.engine import ComputeSettings, Numerics, NumericsSettings
 from scforget.errors import ConfigError
+from scforget.models.classifiers import SmallCNNSettings
 from scforget.models.vae import VAE
 from scforget.pipeline import Inputs, Item
 from scforget.populations import Population
@@ -159,6 +163,46 @@ def test_choose_passes_on_what_is_not_to_be_chosen() -> None:
     assert str(chosen) == "matrix_products mkl, autocast bf16, device cpu, threads 3"
 
 
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        ({"avx512f", "avx512_bf16"}, "bf16"),
+        ({"amx_bf16"}, "bf16"),
+        ({"avx512f", "avx512_vnni"}, "none"),
+        (set(), "none"),
+    ],
+)
+def test_choose_halves_precision_where_the_processor_can(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], chosen: str
+) -> None:
+    monkeypatch.setattr(engine, "_flags", lambda: ("GenuineIntel", frozenset(flags)))
+    asked = settings(matrix_products="mkl", autocast="auto")
+    assert engine.choose(asked, SMALL) == Numerics("mkl", chosen, "cpu", 1)  # type: ignore[arg-type]
+    assert engine.choose(asked, LARGE) == engine.choose(asked, SMALL)
+    for plain in ("none", "bf16"):
+        assert engine.choose(settings(autocast=plain), SMALL).autocast == plain
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_choose_halves_precision_on_cuda_where_the_device_can(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
+    """The processor's own flags do not matter there, and what torch only emulates does not count."""
+
+    def supported(including_emulation: bool = True) -> bool:
+        return able or including_emulation
+
+    monkeypatch.setattr(engine, "_flags", lambda: ("", frozenset() if able else frozenset({"avx512_bf16"})))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    chosen = engine.choose(settings(matrix_products="mkl", autocast="auto", device="cuda"), SMALL)
+    assert str(chosen) == f"matrix_products mkl, autocast {'bf16' if able else 'none'}, device cuda, threads 1"
+
+
+def test_choose_of_auto_without_the_device_says_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device is here"):
+        engine.choose(settings(autocast="auto", device="cuda"), SMALL)
+
+
 def test_a_missing_device_is_one_line_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     wanted = Numerics("mkl", "none", "cuda", 1)
@@ -269,6 +313,41 @@ def test_autocast_leaves_scoring_as_it_is(task: VaeTask) -> None:
         signals, (means, zeros) = task.signals(model, cells), task.predicted(model, cells)
         found.append(np.r_[signals.elbo, signals.kl, signals.mu.ravel(), means, zeros])
     assert found[0].tobytes() == found[1].tobytes()
+
+
+def laid_out(images: Tensor) -> bool:
+    """Whether the channels of a place lie side by side in memory."""
+    return images.is_contiguous(memory_format=torch.channels_last)
+
+
+def trained_on_pictures(layout: torch.memory_format) -> Tensor:
+    """State of a small convolutional net after an epoch in float64, where no rounding turns a rectifier over."""
+
+    class Task(ClassifierTask):
+        def batch(self, cells: IntArray, noise: torch.Generator | None = None) -> ClassBatch:
+            batch = super().batch(cells, noise)
+            assert laid_out(batch.inputs)
+            return ClassBatch(batch.inputs.double().contiguous(memory_format=layout), batch.labels)
+
+        def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    rng, net = np.random.default_rng(0), SmallCNNSettings(kind="small_cnn", widths=[4, 6], hidden=5)
+    inputs, labels = rng.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8), rng.integers(0, 2, 40)
+    task = Task(inputs, labels, ("a", "b"), net, AugmentationSettings(crop=1, flip=True, noise=0.1))
+    model = task.new_model(0)
+    assert all(laid_out(parameter) for parameter in model.parameters() if parameter.ndim == 4)
+    model = model.double().to(memory_format=layout)  # type: ignore[call-overload]
+    optimiser = new_optimiser(model.parameters(), AdamSettings(kind="adam", learning_rate=0.01, weight_decay=0.1))
+    class_epoch(model, task, np.arange(40), 8, optimiser, seeding.torch_generator(0), Effort())
+    return torch.cat([value.double().ravel() for value in model.state_dict().values()])
+
+
+def test_layout_of_pictures_changes_nothing_but_the_last_digits() -> None:
+    """Nets and batches come with the channels of a place side by side, and are the same with rows side by side."""
+    engine.use(PLAIN)
+    last, first = trained_on_pictures(torch.channels_last), trained_on_pictures(torch.contiguous_format)
+    torch.testing.assert_close(last, first, rtol=1e-10, atol=1e-10)
 
 
 def test_models_of_other_arithmetic_have_other_fingerprints(amd: None) -> None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from scforget import config, schema
 from scforget.attacks import ATTACKS
 from scforget.errors import ConfigError
-from scforget.methods import METHODS
+from scforget.methods import CLASSIFIER_METHODS, METHODS
 from scforget.settings import Settings
 from scforget.theory.worlds import WorldMethods
 
@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 PATH = ROOT / "params.yaml"
 # whose keys are names that the person chooses
 OPEN = (
-    "downloads", "datasets", "datasets.pbmc68k.scenarios", "sweep.development", "sweep.ranges", "theory.worlds.worlds",
+    "downloads", "datasets", "datasets.pbmc68k.scenarios", "classifiers", "classifiers.digits.scenarios",
+    "classifiers.pbmc68k.scenarios", "sweep.development", "sweep.ranges", "theory.worlds.worlds",
     "theory.worlds.methods",
 )  # fmt: skip
 
@@ -76,8 +77,7 @@ def test_params_need_every_key_but_names(content):
             less = copy.deepcopy(content)
             del at(less, place)[key]
             error = refused(less)
-            # A request's key carries its kind in pydantic's location; without a kind there is none to carry.
-            if place[:3] != ("datasets", "pbmc68k", "scenarios") and place[-1:] != ("forget",):
+            if key != "kind":  # without it, the section has no shape that could be wanted
                 assert error.key == ".".join((*place, key))
                 assert error.why.startswith("missing;")
             tried += 1
@@ -120,6 +120,12 @@ def test_params_say_which_data_sets_scenarios_and_methods_there_are(content):
     assert (error.key, error.why) == ("pipeline.methods", why)
     for axis in ("datasets", "scenarios", "methods"):
         assert "at least 1 item" in refused(changed(content, "pipeline", axis, value=[])).why
+    plan = ("pipeline", "classifiers")
+    error = refused(changed(content, *plan, "datasets", value=["photos"]))
+    assert error.why == "pipeline.classifiers.datasets names 'photos', which has no section under classifiers"
+    error = refused(changed(content, *plan, "methods", value=["dp_sgd"]))
+    assert error.why == f"unknown method 'dp_sgd'; known: {', '.join(CLASSIFIER_METHODS)}"
+    config.validate(PATH, changed(content, *plan, "datasets", value=[]), schema.Params)  # no classifiers at all
 
 
 @pytest.mark.parametrize("seeds", [[], [3], [3, 3], [1, 2, 1], ["1", "2"], 3])

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from scforget import cli_classifier
 from scforget.errors import ScforgetError
 
 Dataset = Annotated[str, typer.Argument(help="A data set of params.yaml (pipeline.datasets).")]
@@ -55,6 +56,8 @@ theory = typer.Typer(
     help="Why methods that move parameters fail: the stages of `make theory` (docs/theory.md).",
 )  # fmt: skip
 app.add_typer(theory, name="theory", rich_help_panel="Around the pipeline")
+
+app.add_typer(cli_classifier.app, name="classifier", rich_help_panel="Stages of the pipeline")
 
 PIPELINE = "Stages of the pipeline"
 AROUND = "Around the pipeline"
@@ -339,10 +342,13 @@ def simulate(
 
 @data.command()
 def bundled() -> None:
-    """Make data/pbmc68k anew from the scanpy package (normally `dvc pull -r bundled data.dvc` brings it)."""
-    from scforget.data.sources import write_bundled
+    """Make data/pbmc68k and data/digits, where missing, anew from scanpy and scikit-learn.
 
-    write_bundled(Path("data") / "pbmc68k")
+    Normally `dvc pull -r bundled data.dvc` brings them.
+    """
+    from scforget import datasets
+
+    datasets.bundled(Path.cwd())
 
 
 def _fail(error: ScforgetError) -> NoReturn:

@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scforget import artifacts, engine, parallel, pictures, replay, results, schema
+from scforget import artifacts, engine, families, parallel, pictures, replay, results, schema
 from scforget.artifacts import Workspace
 from scforget.config import read_yaml
+from scforget.data.splits import ScenarioSettings
 from scforget.errors import ConfigError
+from scforget.families import Family
 from scforget.pipeline import THEORY, Pipeline
 from scforget.progress import Progress
-from scforget.report import comparisons, figures, page, tables
+from scforget.report import classification, comparisons, figures, page, tables
 from scforget.report import explain as saying
 from scforget.report.sweeps import displayed, sweep_table
 from scforget.results import Record
@@ -36,9 +38,9 @@ class Drawing:
     workspace: Workspace
     seed: int
 
-    def __call__(self, place: tuple[str, str, str]) -> dict[str, bytes]:
-        """PNG files by stem, of a method (or ``original``, ``retrain``) in a scenario of a data set."""
-        _, scenario, method = place
+    def __call__(self, place: tuple[str, str, str, str]) -> dict[str, bytes]:
+        """PNG files by stem, of a method (or ``original``, ``retrain``) in a scenario of a data set, and a family."""
+        _, scenario, method, _ = place
         drawn = {f"{name}_{method}": figure for name, figure in pictures.audited(self.workspace, *place).items()}
         drawn[f"umap_{method}"] = pictures.umap(self.workspace, *place, self.seed)
         folder = self.workspace.results(*results.models_stage(*place))
@@ -55,25 +57,63 @@ def _compared(audits: dict[str, Record]) -> dict[str, bytes]:
         "cost_against_trace": comparisons.cost_against_trace(audits),
         "attack_grid": comparisons.attack_grid(audits),
     }
+    if classification.known(audits):
+        drawn |= classification.pictures(audits)
     return {stem: figures.png_bytes(figure) for stem, figure in drawn.items()}
 
 
+@dataclass(frozen=True)
+class Place:
+    """A forget request, and the family of models it is put to."""
+
+    family: Family
+    dataset: str
+    scenario: str
+
+    @property
+    def title(self) -> str:
+        """What the data set is called where both families stand side by side."""
+        return f"{self.dataset}{self.family.suffix}"
+
+    def request(self, params: schema.Params) -> ScenarioSettings:
+        """What is asked for."""
+        return self.family.requests(params, self.dataset)[self.scenario]
+
+    def audits(self, workspace: Workspace, params: schema.Params) -> dict[str, Record]:
+        """Records of everything that was audited here."""
+        methods = self.family.plan(params).methods
+        return results.audits(workspace, self.dataset, self.scenario, methods, self.family.suffix)
+
+
+def _places(params: schema.Params) -> list[Place]:
+    """Every request of the pipeline, those to VAEs first."""
+    return [
+        Place(family, dataset, scenario)
+        for family in (families.VAES, families.CLASSIFIERS)
+        for dataset in family.plan(params).datasets
+        for scenario in family.plan(params).scenarios
+    ]
+
+
 def _scenario(
-    workspace: Workspace, params: schema.Params, place: tuple[str, str], audits: dict[str, Record],
-    pictured: dict[str, bytes],
+    workspace: Workspace, params: schema.Params, place: Place, audits: dict[str, Record], pictured: dict[str, bytes]
 ) -> dict[str, Any]:  # fmt: skip
     """Write tables and figures of one scenario; return what the page shows of it."""
-    dataset, scenario = place
     table = tables.scenario_table(audits)
-    name = f"{dataset}-{scenario}"
+    name = f"{place.title}-{place.scenario}"
     artifacts.write_bytes(workspace.report / "tables" / f"{name}.csv", tables.to_csv(table).encode())
     artifacts.write_bytes(workspace.report / "tables" / f"{name}.md", tables.to_markdown(table).encode())
+    if classification.known(audits):
+        own = classification.class_table(audits)
+        text = tables.markdown(classification.display(own))
+        artifacts.write_bytes(workspace.report / "tables" / f"{name}-classification.csv", tables.to_csv(own).encode())
+        artifacts.write_bytes(workspace.report / "tables" / f"{name}-classification.md", text.encode())
     for stem, content in pictured.items():
         artifacts.write_bytes(workspace.report / "figures" / name / f"{stem}.png", content)
-    request = params.datasets[dataset].scenarios[scenario]
+    request = place.request(params)
     context = {
-        "dataset": dataset,
-        "scenario": scenario,
+        "dataset": place.title,
+        "scenario": place.scenario,
         "kind": request.kind,
         "n_forget": audits["original"]["groups"]["forget"],
         "request": ", ".join(f"{key}: {value}" for key, value in request.model_dump().items()),
@@ -88,7 +128,7 @@ def _provenance(workspace: Workspace, pipeline: Pipeline, params: schema.Params)
     data = {
         item.keys[0]: inputs.deps[f"data/{item.keys[0]}"]
         for item, inputs in pipeline.recorded().items()
-        if item.stage == "prepare"
+        if item.stage.startswith("prepare")
     }
     machines = [artifacts.read_json(path)["machine"] for path in workspace.results("train").glob("*/cost.json")]
     return {
@@ -106,20 +146,21 @@ def report() -> None:
     root = Path.cwd()
     params, workspace, pipeline = schema.load(root / "params.yaml"), Workspace(root), Pipeline(root)
     engine.start(params.compute, multiplications=0)
-    audits = {
-        (dataset, scenario): results.audits(workspace, dataset, scenario, params.pipeline.methods)
-        for dataset in params.pipeline.datasets
-        for scenario in params.pipeline.scenarios
-    }
-    places = [(*place, method) for place, found in audits.items() for method in found]
-    with Progress("report", len(places), "populations") as progress:
-        drawn = dict(zip(places, parallel.each(Drawing(workspace, params.seed), places, progress.advance), strict=True))
+    audits = {place: place.audits(workspace, params) for place in _places(params)}
+    drawings = [
+        (place.dataset, place.scenario, method, place.family.suffix)
+        for place, found in audits.items()
+        for method in found
+    ]
+    with Progress("report", len(drawings), "populations") as progress:
+        made = parallel.each(Drawing(workspace, params.seed), drawings, progress.advance)
+    drawn = dict(zip(drawings, made, strict=True))
     scenarios = {}
     for place, found in audits.items():
         pictured = _compared(found)
         for method in found:
-            pictured |= drawn[*place, method]
-        scenarios["/".join(place)] = _scenario(workspace, params, place, found, pictured)
+            pictured |= drawn[place.dataset, place.scenario, method, place.family.suffix]
+        scenarios[f"{place.title}/{place.scenario}"] = _scenario(workspace, params, place, found, pictured)
     summary = tables.summary({name: scenario["audits"] for name, scenario in scenarios.items()})
     artifacts.write_json(workspace.report / "summary.json", summary)
     sweeps = _sweeps(workspace, params)
@@ -173,16 +214,16 @@ def track() -> tuple[int, int, dict[str, str]]:
     return created, known, left_out
 
 
-def explain(dataset: str, scenario: str) -> None:
+def explain(dataset: str, scenario: str, family: Family = families.VAES) -> None:
     """Print what the audit of one forget request found, in plain words."""
     root = Path.cwd()
     params, workspace = schema.load(root / "params.yaml"), Workspace(root)
-    if dataset not in params.pipeline.datasets or scenario not in params.pipeline.scenarios:
-        known = [f"{one} {other}" for one in params.pipeline.datasets for other in params.pipeline.scenarios]
+    place = Place(family, dataset, scenario)
+    if place not in (places := _places(params)):
+        known = [f"{one.dataset} {one.scenario}" for one in places if one.family is family]
         why = f"{dataset} {scenario} is not part of it; it has {', '.join(known)}"
-        raise ConfigError(root / "params.yaml", "pipeline", why)
-    audits = results.audits(workspace, dataset, scenario, params.pipeline.methods)
-    request = params.datasets[dataset].scenarios[scenario]
+        raise ConfigError(root / "params.yaml", family.methods_key.rpartition(".")[0], why)
+    audits, request = place.audits(workspace, params), place.request(params)
     wanted = ", ".join(f"{key} {value}" for key, value in request.model_dump().items())
     cells = audits["original"]["groups"]["forget"]
     print(saying.explain(audits, f"{dataset} / {scenario}: forget {cells} cells ({wanted})"))
@@ -195,12 +236,13 @@ def show() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 150
-    for dataset in params.pipeline.datasets:
-        for scenario in params.pipeline.scenarios:
-            audits = results.audits(workspace, dataset, scenario, params.pipeline.methods)
-            table = tables.scenario_table(audits)
-            console.print(tables.to_rich(table, f"{dataset} / {scenario}"))
-            console.print()
+    for place in _places(params):
+        audits = place.audits(workspace, params)
+        table = tables.scenario_table(audits)
+        console.print(tables.to_rich(table, f"{place.title} / {place.scenario}"))
+        if classification.known(audits):
+            console.print(classification.to_rich(classification.class_table(audits), "The papers' numbers"))
+        console.print()
     if rows := displayed(_sweeps(workspace, params)):
         grid = Table(*rows[0], title="Settings: default against tuned", box=box.SIMPLE_HEAD)
         for row in rows:

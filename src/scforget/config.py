@@ -36,10 +36,21 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(path, "", f"not readable as YAML: {' '.join(str(error).split())[:200]}") from error
 
 
-def _explain(path: Path, error: ValidationError) -> ConfigError:
+def _key(location: tuple[int | str, ...], content: Any) -> str:
+    """Dotted key of what pydantic complains of, without the kinds that it names where a section is one of several."""
+    place, here = [], content
+    for number, part in enumerate(location, 1):
+        there = part in here if isinstance(here, dict) else isinstance(here, list)
+        if there or number == len(location):  # a missing key is the last part
+            place.append(str(part))
+            here = here[part] if there else None
+    return ".".join(place)
+
+
+def _explain(path: Path, error: ValidationError, content: Any) -> ConfigError:
     """Turn pydantic's first complaint into one line about one key."""
     first, count = error.errors()[0], error.error_count()
-    key = ".".join(str(part) for part in first["loc"])
+    key = _key(first["loc"], content)
     found = "" if first["type"] == "missing" else f", found {first['input']!r} ({type(first['input']).__name__})"
     why = {
         "missing": "missing; every setting stands in the file, so that DVC sees it",
@@ -55,7 +66,7 @@ def validate(path: Path, content: Any, schema: type[SettingsT]) -> SettingsT:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        raise _explain(path, error) from error
+        raise _explain(path, error, content) from error
 
 
 def load(path: Path, schema: type[SettingsT]) -> SettingsT:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from scforget import engine, schema, seeding, tracking
+from scforget import engine, families, schema, seeding, tracking
 from scforget.artifacts import Workspace
 from scforget.errors import ConfigError, TrackingError
 from scforget.methods import METHODS
@@ -126,5 +126,7 @@ def _project(folder: Path = Path()) -> tuple[Path, schema.Params, Pipeline]:
 
 
 def _opened(root: Path, params: schema.Params, pipeline: Pipeline, item: Item) -> Context:
-    engine.start(params.compute, params.datasets[item.keys[0]].largest_product if item.keys else 0)
+    # classifiers leave the library to torch: most of their work is convolutions, or too small to choose
+    cells = params.datasets.get(item.keys[0]) if item.keys and families.of(item.stage) is families.VAES else None
+    engine.start(params.compute, cells.largest_product if cells else 0)
     return Context(Workspace(root), params, pipeline.inputs(item))

@@ -8,15 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from scforget import artifacts, config, schema, seeding
-from scforget.data import public, sources, synthetic
+from scforget.data import images, public, sources, synthetic
 from scforget.errors import ArtifactError, ConfigError, DataError
 from scforget.pipeline import dvc_md5
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 
 def fetch(root: Path, name: str) -> None:
@@ -38,10 +34,10 @@ def _is_download(root: Path, path: Path) -> bool:
     return path.resolve().parent == (root / "downloads").resolve() and path.name in public.PUBLIC
 
 
-def _joined_download(root: Path, name: str) -> AnnData:
-    """One matrix of a public set's parts, checked against the hash recorded in params.yaml."""
+def _fetched(root: Path, name: str) -> tuple[Path, ...]:
+    """What a public set consists of, checked against the hash recorded in params.yaml."""
     recorded = schema.load(root / "params.yaml").downloads.get(name)
-    return sources.join(public.fetch(name, root / "downloads", sha256=recorded).paths)
+    return public.fetch(name, root / "downloads", sha256=recorded).paths
 
 
 def _check_data(root: Path) -> None:
@@ -65,8 +61,8 @@ def _free_place(root: Path, name: str) -> Path:
     return target
 
 
-def _keep(root: Path, target: Path, write: Callable[[Path], None]) -> None:
-    """Write a set to its place, whole or not at all, and put ``data/`` under DVC."""
+def _keep(root: Path, target: Path, write: Callable[[Path], None], section: str = "datasets") -> None:
+    """Write a set to its place, whole or not at all, and put ``data/`` under DVC; ``section`` will describe it."""
     name = target.name
     temporary = target.with_name(f".{name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -84,16 +80,31 @@ def _keep(root: Path, target: Path, write: Callable[[Path], None]) -> None:
         why = (done.stderr.strip().splitlines() or ["dvc add failed"])[-1]
         raise ArtifactError("data.dvc", f"written to data/{name}, but `dvc add data` failed: {why}")
     print(f"data/{name} is there; `dvc add data` done: commit data.dvc to record it", file=sys.stderr)
-    print(f"next: describe it under datasets.{name} in params.yaml (profiles/ has an example)", file=sys.stderr)
+    print(f"next: describe it under {section}.{name} in params.yaml (profiles/ has an example)", file=sys.stderr)
+
+
+def bundled(root: Path) -> None:
+    """Make the bundled sets that are not there: ``data/pbmc68k`` and ``data/digits``."""
+    for name, write in (("pbmc68k", sources.write_bundled), ("digits", images.write_digits)):
+        if not (root / "data" / name).exists():
+            write(root / "data" / name)
+
+
+def _copy(path: Path, folder: Path) -> None:
+    if path.is_dir():
+        shutil.copytree(path, folder)
+    else:
+        folder.mkdir(parents=True)
+        shutil.copyfile(path, folder / path.name)
 
 
 def add(root: Path, path: Path, name: str, layer: str | None) -> None:
-    """Check a data set, copy it to ``data/NAME``, and put ``data/`` under DVC.
+    """Check a data set, of cells or of images, copy it to ``data/NAME``, and put ``data/`` under DVC.
 
     Raises
     ------
     DataError
-        If its counts cannot be used.
+        If its counts or images cannot be used.
     ConfigError
         If the name is not one, or taken.
     ArtifactError
@@ -101,19 +112,23 @@ def add(root: Path, path: Path, name: str, layer: str | None) -> None:
     """
     target = _free_place(root, name)
     if _is_download(root, path):
-        cells = _joined_download(root, path.name)
-        _keep(root, target, lambda folder: artifacts.write_cells(folder / f"{name}.h5ad", cells))
+        parts = _fetched(root, path.name)
+        if path.name not in public.IMAGE_SETS:
+            cells = sources.join(parts)
+            _keep(root, target, lambda folder: artifacts.write_cells(folder / f"{name}.h5ad", cells))
+            return
+        (path,) = parts
+    if not images.recognises(path):
+        sources.read(path, layer=layer)
+        _keep(root, target, lambda folder: _copy(path, folder))
         return
-    sources.read(path, layer=layer)
-
-    def copy(folder: Path) -> None:
-        if path.is_dir():
-            shutil.copytree(path, folder)
-        else:
-            folder.mkdir(parents=True)
-            shutil.copyfile(path, folder / path.name)
-
-    _keep(root, target, copy)
+    if layer is not None:
+        raise DataError(f"--layer {layer}", "an image set", "no layer; images have none")
+    found = images.without_duplicates(images.read(path))
+    if dropped := found.repeats + found.disputed:
+        why = f"{found.repeats} repetitions, {found.disputed} images of more than one person"
+        print(f"{dropped} of the images will not be used: {why}", file=sys.stderr)
+    _keep(root, target, lambda folder: _copy(path, folder), "classifiers")
 
 
 def simulate(root: Path, preset: str, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from scforget import percell, seeding
 from scforget.arrays import IntArray
 from scforget.errors import EmptyGroupError
-from scforget.models.vae import VAE, Batch
-from scforget.tasks import VaeTask
+from scforget.tasks import Task
 
 BatchT = TypeVar("BatchT")
 #: One tensor of squared gradients per parameter name.
@@ -56,7 +55,7 @@ def mean_squares(model: nn.Module, losses: Callable[[BatchT], Tensor], batches: 
     return {name: value / examples for name, value in total.items()}
 
 
-def diagonal(model: VAE, task: VaeTask, cells: IntArray, *, draws: int, seed: int) -> Diagonal:
+def diagonal(model: nn.Module, task: Task, cells: IntArray, *, draws: int, seed: int) -> Diagonal:
     """Exact diagonal of the empirical Fisher information of some cells.
 
     Parameters
@@ -64,7 +63,7 @@ def diagonal(model: VAE, task: VaeTask, cells: IntArray, *, draws: int, seed: in
     cells : ``[N]``, N > 0
         Set S.
     draws : >= 1
-        Fixed latent draws per cell; each draw's gradient is squared before averaging.
+        Fixed latent draws per cell; each draw's gradient is squared before averaging. 1 where the loss draws nothing.
     seed
         Names the stream of the draws.
 
@@ -87,7 +86,7 @@ def diagonal(model: VAE, task: VaeTask, cells: IntArray, *, draws: int, seed: in
     model.eval()
     noise = seeding.torch_generator(seed, "fisher")
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[Any]:
         for start in range(0, len(cells), _BATCH):
             batch = task.batch(cells[start : start + _BATCH])
             for _ in range(draws):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from anndata import AnnData
 from scipy import sparse
+from torch import nn
 
 from scforget import artifacts
 from scforget.artifacts import Workspace
@@ -20,14 +21,14 @@ from scforget.pipeline import dvc_md5
 from scforget.tasks import VaeTask
 
 
-def load_sets(workspace: Workspace, dataset: str) -> CellSets:
-    """Read the four cell sets."""
-    return CellSets(**artifacts.read_arrays(workspace.work("split", dataset) / "sets.npz"))
+def load_sets(workspace: Workspace, dataset: str, stage: str = "split") -> CellSets:
+    """Read the four cell sets, as a stage dealt them."""
+    return CellSets(**artifacts.read_arrays(workspace.work(stage, dataset) / "sets.npz"))
 
 
-def load_scenario(workspace: Workspace, dataset: str, scenario: str) -> Scenario:
+def load_scenario(workspace: Workspace, dataset: str, scenario: str, stage: str = "split") -> Scenario:
     """Read a scenario's cell sets."""
-    arrays = artifacts.read_arrays(workspace.work("split", dataset) / f"{scenario}.npz")
+    arrays = artifacts.read_arrays(workspace.work(stage, dataset) / f"{scenario}.npz")
     group, controls = arrays.pop("group"), arrays.pop("controls")
     return Scenario(ForgetSets(**arrays), group, controls)
 
@@ -57,12 +58,18 @@ def load_model(task: VaeTask, path: Path) -> Model:
     tensors, _ = artifacts.read_tensors(path)
     members = {name.split(".")[1] for name in tensors if name.startswith("members.")}
     model: Model = Mixture([task.new_model(0) for _ in members]) if members else task.new_model(0)
+    fill(model, tensors, path)
+    return model
+
+
+def fill(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Put weights into a model, in eval mode from now."""
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         why = "its layers are not those of params.yaml; run the stage that makes it again"
         raise ArtifactError(path, why) from error
-    return model.eval()
+    model.eval()
 
 
 def load_original(task: VaeTask, path: Path) -> VAE:
@@ -71,19 +78,19 @@ def load_original(task: VaeTask, path: Path) -> VAE:
     return model
 
 
-def own_original(workspace: Workspace, dataset: str, seed: int) -> dict[str, str]:
+def own_original(workspace: Workspace, dataset: str, seed: int, stage: str = "train") -> dict[str, str]:
     """The one original that a method starts from, in place of the folder of all of them."""
-    folder = workspace.work("train", dataset)
+    folder = workspace.work(stage, dataset)
     return {folder.relative_to(workspace.root).as_posix(): dvc_md5(folder / f"{seed}.safetensors")}
 
 
-def relative_change(task: VaeTask, original: Path, model: Model) -> float:
+def relative_change(original: nn.Module, model: nn.Module) -> float:
     """‖θ − θ0‖ / ‖θ0‖ over all parameters; NaN for a mixture, which has others."""
 
     def flat(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.cat([parameter.detach().double().ravel() for parameter in parameters])
 
-    if not isinstance(model, VAE):
+    if isinstance(model, Mixture):
         return float("nan")
-    before, after = flat(load_model(task, original).parameters()), flat(model.parameters())
+    before, after = flat(original.parameters()), flat(model.parameters())
     return float((after - before).norm() / before.norm())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from scforget.report.tables import DASH, Audits, bounds, ordered, scenario_table, span, value
+from scforget.report.tables import DASH, METRICS, Audits, bounds, ordered, scenario_table, score_in, span, value
 from scforget.results import REFERENCES, Record
 from scforget.tracking import flatten
 
@@ -49,6 +49,7 @@ def audit_metrics(record: Record) -> dict[str, float]:
         metrics |= numbers({key: row.get(key) for key in shown}, f"audit/{statistic}/")
         metrics |= numbers(dict(zip(("low", "high"), row["interval"], strict=True)), f"audit/{statistic}/")
     metrics |= _evidence(record)
+    metrics |= numbers(record.get("classification") or {}, "classification/")  # of classifiers, as their papers print
     for name in ("noise_floor", "design_power"):
         metrics |= numbers(record.get(name) or {}, f"audit/{name}/")
     for place, prefix in (("outside", "utility/"), ("inside", "utility/inside/")):
@@ -114,8 +115,8 @@ def comparison_table(audits: Audits) -> pd.DataFrame:
     -------
     DataFrame
         ``membership`` and ``trace``: method minus retrain, and ``…_ci``: its 90 % interval in words; ``passes_ratio``
-        and ``seconds_ratio`` as fractions of an early-stopped retrain's; ``elbo`` (nats per cell) and ``marker_r`` of
-        unseen cells outside the forgotten group. Four decimals.
+        and ``seconds_ratio`` as fractions of an early-stopped retrain's; ``elbo`` (nats per cell) and ``marker_r``, or
+        a classifier's ``accuracy``, of unseen cells outside the forgotten group. Four decimals.
     """
     table, worst = scenario_table(audits), [_worst(audits[method]) for method in ordered(audits)]
     shown = table[["method", "verdict", "utility"]].copy()
@@ -123,7 +124,7 @@ def comparison_table(audits: Audits) -> pd.DataFrame:
         shown[name] = table[f"{name}_difference"]
         ends = zip(table[f"{name}_lo"], table[f"{name}_hi"], strict=True)
         shown[f"{name}_ci"] = [span(pair) for pair in ends]
-    columns = ["passes_ratio", "seconds_ratio", "elbo", "marker_r"]
+    columns = ["passes_ratio", "seconds_ratio", *sorted(METRICS[score_in(audits)])]
     shown[columns] = table[columns]
     shown["worst_attack_auc"] = [value(found, "auc") for found in worst]
     shown["worst_attack"] = [found.get("name") for found in worst]

@@ -73,10 +73,12 @@ class Adam(torch.optim.Adam):
 
 
 class SGD(torch.optim.SGD):
-    """Plain gradient descent."""
+    """Gradient descent, with heavy-ball momentum and weight decay (added to the gradient) where asked."""
 
-    def __init__(self, parameters: Iterable[Tensor], learning_rate: float) -> None:
-        super().__init__(parameters, lr=learning_rate)
+    def __init__(
+        self, parameters: Iterable[Tensor], learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -88,8 +88,10 @@ class Inputs:
         """
         wider = {path for path in self.deps for own in narrowed if own.startswith(f"{path}/")}
         deps = {path: digest for path, digest in self.deps.items() if path not in wider}
-        params = {key: value for key, value in self.params.items() if key not in ("pipeline.methods", "unlearn")}
-        params[f"unlearn.{method}"] = self.params["unlearn"][method]
+        params = {key: value for key, value in self.params.items() if not key.endswith(".methods")}
+        for section in ("unlearn", "unlearn_classifier"):
+            if section in params:
+                params[f"{section}.{method}"] = params.pop(section)[method]
         return Inputs(Item(self.item.stage, (*self.item.keys, method)), {**deps, **narrowed}, params)
 
     def _digest(self, deps: dict[str, str], params: dict[str, Any]) -> str:

@@ -5,28 +5,30 @@ Finished models are on disk before their stage ends, and a stage that runs again
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
-from scforget import artifacts, engine, loading, parallel
+from scforget import artifacts, engine, families, loading, parallel
 from scforget.arrays import BoolArray, IntArray
 from scforget.artifacts import FileCheckpoint
 from scforget.context import Context
 from scforget.data.splits import ForgetSets
 from scforget.errors import NonFiniteError, TooManyDivergedError
-from scforget.methods import METHODS
+from scforget.families import Family
 from scforget.pipeline import dvc_md5
 from scforget.progress import Progress
 from scforget.results import Record
-from scforget.tasks import VaeTask
-from scforget.training import Trained, fit
+from scforget.training import Trained
 
 
 def _peak_memory_mb() -> float:
@@ -72,9 +74,14 @@ class Population:
     """
 
     context: Context
-    task: VaeTask
+    task: Any
     sets: ForgetSets
     cell_set: str
+
+    @property
+    def family(self) -> Family:
+        """Whose models these are."""
+        return families.of(self.context.item.stage)
 
     def fingerprint(self, seed: int) -> str:
         """Identity of one model."""
@@ -87,11 +94,9 @@ class Population:
 
     def build(self, seed: int, checkpoint: FileCheckpoint) -> Trained:
         """Make one model."""
-        own, cells = self.context.seed(seed), self.cells(seed)
-        settings = self.context.params.datasets[self.context.item.keys[0]].training
-        return fit(
-            self.task.new_model(own), self.task, cells, self.sets.stop, settings, seed=own, checkpoint=checkpoint,
-            cell_set=self.cell_set,
+        return self.family.fit(
+            self.context.params, self.context.item.keys[0], self.task, self.cells(seed), self.sets.stop,
+            seed=self.context.seed(seed), checkpoint=checkpoint, cell_set=self.cell_set,
         )  # fmt: skip
 
     def cells(self, _seed: int) -> IntArray:
@@ -113,16 +118,30 @@ class Population:
                 _check_finite(trained)
             except NonFiniteError as error:
                 return folder, str(error)
-            artifacts.write_tensors(model_path, trained.model.state_dict())
-            record = {
-                "md5": dvc_md5(model_path),
-                "history": trained.history,
-                "metrics": self.describe(seed, trained),
-                "cost": {"seconds": checkpoint.seconds, "peak_memory_mb": _peak_memory_mb()},
-            }
-            artifacts.write_json(record_path, record)
-            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+            self._finish(seed, trained, checkpoint.seconds)
         return folder, dict(artifacts.read_json(record_path))
+
+    def _finish(self, seed: int, trained: Trained, seconds: float) -> None:
+        """Write a finished model, and then its record."""
+        folder = self.context.workspace.resume(self.fingerprint(seed))
+        artifacts.write_tensors(folder / "model.safetensors", trained.model.state_dict())
+        record = {
+            "md5": dvc_md5(folder / "model.safetensors"),
+            "history": trained.history,
+            "metrics": self.describe(seed, trained),
+            "cost": {"seconds": seconds, "peak_memory_mb": _peak_memory_mb()},
+        }
+        artifacts.write_json(folder / "record.json", record)
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    @property
+    def together(self) -> int:
+        """How many models one process makes side by side."""
+        return 1
+
+    def make_group(self, seeds: Sequence[int]) -> list[tuple[Path, Record | str]]:
+        """Make some models one after the other, or find them."""
+        return [self.make(seed) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -133,11 +152,12 @@ class Unlearned(Population):
 
     @property
     def _originals(self) -> Path:
-        return self.context.workspace.work("train", self.context.item.keys[0])
+        return self.family.train_folder(self.context.workspace, self.context.item.keys[0])
 
     def fingerprint(self, seed: int) -> str:
         """Identity of one model: of all originals, only its own matters."""
-        original = loading.own_original(self.context.workspace, self.context.item.keys[0], seed)
+        workspace, stage = self.context.workspace, self.family.stage("train")
+        original = loading.own_original(workspace, self.context.item.keys[0], seed, stage)
         return self.context.inputs.model_fingerprint(seed, {**original, "numerics": str(engine.current())})
 
     @property
@@ -147,13 +167,16 @@ class Unlearned(Population):
 
     def build(self, seed: int, checkpoint: FileCheckpoint) -> Trained:
         """Unlearn from one original."""
-        original = loading.load_original(self.task, self._originals / f"{seed}.safetensors")
-        settings, own = getattr(self.context.params.unlearn, self.method), self.context.seed(seed)
-        return METHODS[self.method].run(original, self.task, self.sets, settings, seed=own, checkpoint=checkpoint)
+        settings, own = self.family.settings(self.context.params, self.method), self.context.seed(seed)
+        run = self.family.methods[self.method].run
+        return run(self._original(seed), self.task, self.sets, settings, seed=own, checkpoint=checkpoint)
+
+    def _original(self, seed: int) -> nn.Module:
+        return self.family.original(self.task, self._originals / f"{seed}.safetensors")
 
     def describe(self, seed: int, trained: Trained) -> Record:
         """Add how far the parameters moved."""
-        moved = loading.relative_change(self.task, self._originals / f"{seed}.safetensors", trained.model)
+        moved = loading.relative_change(self._original(seed), trained.model)
         return {**_training_summary(trained), "relative_change": moved}
 
 
@@ -167,6 +190,33 @@ class Shadows(Population):
         """The half of one model."""
         return self.sets.retain[self.members[seed]]
 
+    @property
+    def together(self) -> int:
+        """As the classifiers of the data set say; VAEs are made one by one."""
+        return self.family.together(self.context.params, self.context.item.keys[0])
+
+    def make_group(self, seeds: Sequence[int]) -> list[tuple[Path, Record | str]]:
+        """Make some models side by side, or find them; where one diverges, each alone."""
+        folders = [self.context.workspace.resume(self.fingerprint(seed)) for seed in seeds]
+        missing = [not _is_finished(folder / "record.json", folder / "model.safetensors") for folder in folders]
+        if len(seeds) > 1 and any(missing):
+            # all of them, so that a killed run's models are those of one that was not killed
+            checkpoint = FileCheckpoint(folders[0])
+            own = [self.context.seed(seed) for seed in seeds]
+            try:
+                made = self.family.fit_together(
+                    self.context.params, self.context.item.keys[0], self.task, [self.cells(seed) for seed in seeds],
+                    seeds=own, checkpoint=checkpoint, cell_set=self.cell_set,
+                )  # fmt: skip
+                for trained in made:
+                    _check_finite(trained)
+            except NonFiniteError:
+                (folders[0] / "checkpoint.safetensors").unlink(missing_ok=True)
+            else:
+                for seed, trained in zip(seeds, made, strict=True):
+                    self._finish(seed, trained, checkpoint.seconds / len(seeds))
+        return super().make_group(seeds)
+
 
 def make(population: Population, seeds: Sequence[int], meanwhile: Callable[[], None] | None = None) -> None:
     """Make every model on all cores; write models, curves, counts and costs.
@@ -176,8 +226,11 @@ def make(population: Population, seeds: Sequence[int], meanwhile: Callable[[], N
     """
     context = population.context
     meanwhile = meanwhile or context.warm_up
-    with Progress(context.item.name, len(seeds)) as progress:
-        made = dict(zip(seeds, parallel.each(population.make, seeds, progress.advance, meanwhile), strict=True))
+    size = population.together
+    groups = [list(seeds[start : start + size]) for start in range(0, len(seeds), size)]
+    with Progress(context.item.name, len(groups), "models" if size == 1 else f"groups of {size} models") as progress:
+        found = parallel.each(population.make_group, groups, progress.advance, meanwhile)
+    made = dict(zip(seeds, itertools.chain.from_iterable(found), strict=True))
     failed = {str(seed): record for seed, (_, record) in made.items() if isinstance(record, str)}
     if failed and len(seeds) - len(failed) < 2:
         how_many = f"{len(failed)} of {len(seeds)}"

@@ -27,11 +27,21 @@ Artifacts = Callable[[], Mapping[str, bytes]]
 Tables = Callable[[], Mapping[str, pd.DataFrame]]
 _THEORY = ("overlap", "proposition", "worlds", "ablation", "figures")
 _POPULATIONS = ("train", "retrain", "shadows", "unlearn")
+_SUFFIX = "_classifier"  # of the stages of the second family of models
+
+
+def _kind(stage: str) -> str:
+    """What a stage does, whichever family of models it does it to."""
+    return stage.removesuffix(_SUFFIX)
+
+
+def _suffix(stage: str) -> str:
+    return stage.removeprefix(_kind(stage))
 
 
 def tags(item: Item, **more: object) -> dict[str, str]:
     """Tags that say what a run is of."""
-    names = ("dataset", "shadow_block") if item.stage == "shadows" else ("dataset", "scenario", "method")
+    names = ("dataset", "shadow_block") if _kind(item.stage) == "shadows" else ("dataset", "scenario", "method")
     axes = dict(zip(names, item.keys, strict=False))
     stage = Item(item.stage, item.keys[:2])  # one method's part has a third key
     named = {"stage": item.stage, "dvc.stage": stage.name, **axes, **more}
@@ -40,15 +50,19 @@ def tags(item: Item, **more: object) -> dict[str, str]:
 
 def _params(inputs: Inputs) -> dict[str, object]:
     """Flattened params without the names of data set and method, so that runs line up in one column."""
-    dataset = f"datasets.{inputs.item.keys[0]}."
-    method = f"unlearn.{inputs.item.keys[-1]}."
-    return {key.removeprefix(dataset).removeprefix(method): value for key, value in flatten(inputs.params).items()}
+    first, last = inputs.item.keys[0], inputs.item.keys[-1]
+    names = f"datasets.{first}.", f"classifiers.{first}.", f"unlearn.{last}.", f"unlearn{_SUFFIX}.{last}."
+    found: dict[str, object] = {}
+    for key, value in flatten(inputs.params).items():
+        known = next((name for name in names if key.startswith(name)), "")
+        found[key.removeprefix(known)] = value
+    return found
 
 
 def _dataset(inputs: Inputs, context: str) -> DatasetInput | None:
     """The data that the item read, by DVC's hash: the raw set for ``prepare``, the prepared cells for the rest."""
     for path, digest in inputs.deps.items():
-        if path.startswith(("data/", "work/prepare/")):
+        if path.startswith(("data/", "work/prepare")):
             return DatasetInput(inputs.item.keys[0], path, digest, context)
     return None
 
@@ -56,9 +70,10 @@ def _dataset(inputs: Inputs, context: str) -> DatasetInput | None:
 def _audited(workspace: Workspace, inputs: Inputs, item: Item, method: str, record: Record) -> Run:
     """A row of the comparison: one population that an item audited, its models nested."""
     dataset, scenario = item.keys
-    record = {**record, "cost": results.cost(workspace, dataset, scenario, method)}
+    suffix = _suffix(inputs.item.stage)
+    record = {**record, "cost": results.cost(workspace, dataset, scenario, method, suffix)}
     fingerprint = record.get("fingerprint") or f"{inputs.fingerprint}-{method}"
-    common = {**tags(Item("audit", (dataset, scenario, method))), "dvc.stage": item.name}  # or `reference`
+    common = {**tags(Item(f"audit{suffix}", (dataset, scenario, method))), "dvc.stage": item.name}  # or `reference`
     children = tuple(
         Run(f"{method} seed {seed}", f"{fingerprint}-{seed}", {**common, "seed": str(seed)}, {},
             measures.seed_metrics(record, index))
@@ -76,7 +91,7 @@ def _audited(workspace: Workspace, inputs: Inputs, item: Item, method: str, reco
 def _audit_artifacts(workspace: Workspace, item: Item, method: str) -> Artifacts:
     def make() -> dict[str, bytes]:
         folder = workspace.results(item.stage, *item.keys)
-        drawn = pictures.audited(workspace, item.keys[0], item.keys[1], method)
+        drawn = pictures.audited(workspace, item.keys[0], item.keys[1], method, _suffix(item.stage))
         files = {path.name: read_bytes(path) for path in sorted(folder.glob("*.*")) if path.suffix != ".npz"}
         return files | {f"{name}.png": png_bytes(figure) for name, figure in drawn.items()}
 
@@ -113,25 +128,27 @@ def _comparison_runs(workspace: Workspace, inputs: Inputs, records: dict[str, Re
     results, which `track` then names as left out.
     """
     dataset, scenario = inputs.item.keys
-    path = workspace.results("reference", dataset, scenario) / "result.json"
+    suffix = _suffix(inputs.item.stage)
+    path = workspace.results(f"reference{suffix}", dataset, scenario) / "result.json"
     if not path.exists():
         return []
     records = {**read_json(path), **records}
     made_from = {name: record.get("fingerprint") or record for name, record in records.items()}
-    content = json.dumps([dataset, scenario, made_from], sort_keys=True)
+    content = json.dumps([dataset + suffix, scenario, made_from], sort_keys=True)
     audits = {
-        name: {**record, "cost": results.cost(workspace, dataset, scenario, name)} for name, record in records.items()
+        name: {**record, "cost": results.cost(workspace, dataset, scenario, name, suffix)}
+        for name, record in records.items()
     }
     said = {"kind": "comparison_table", "forgotten_and_kept": ", ".join(measures.forgotten(audits)) or "none"}
-    shared = {key: value for key, value in _params(inputs).items() if not key.startswith("unlearn.")}
+    shared = {key: value for key, value in _params(inputs).items() if not key.startswith("unlearn")}
 
     def make() -> dict[str, bytes]:
-        drawn = pictures.compared(workspace, dataset, scenario, audits)
+        drawn = pictures.compared(workspace, dataset, scenario, audits, suffix)
         return {f"{name}.png": png_bytes(figure) for name, figure in drawn.items()}
 
     return [
         Run(
-            f"comparison {dataset} {scenario}", hashlib.sha256(content.encode()).hexdigest()[:32],
+            f"comparison {dataset}{suffix} {scenario}", hashlib.sha256(content.encode()).hexdigest()[:32],
             {**tags(inputs.item), **said}, {"scenario": scenario, **shared}, measures.verdict_counts(audits),
             artifacts=make, tables=lambda: {"comparison.json": measures.comparison_table(audits)},
             dataset=_dataset(inputs, "audit"),
@@ -141,15 +158,20 @@ def _comparison_runs(workspace: Workspace, inputs: Inputs, records: dict[str, Re
 
 def _audit_runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
     folder = workspace.results(inputs.item.stage, *inputs.item.keys)
-    records = {name: read_json(folder / name / "result.json") for name in inputs.params["pipeline.methods"]}
+    records = {name: read_json(folder / name / "result.json") for name in _methods(inputs)}
     rows = [
         _audited(workspace, inputs.of_method(name, {}), inputs.item, name, record) for name, record in records.items()
     ]
     return [*rows, *_comparison_runs(workspace, inputs, records)]
 
 
+def _methods(inputs: Inputs) -> list[str]:
+    """Which methods the item treats."""
+    return [name for key, names in inputs.params.items() if key.endswith(".methods") for name in names]
+
+
 def _unlearn_runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
-    parts = [inputs.of_method(name, {}) for name in inputs.params["pipeline.methods"]]
+    parts = [inputs.of_method(name, {}) for name in _methods(inputs)]
     return [_population_run(workspace, part.item, part) for part in parts]
 
 
@@ -233,13 +255,14 @@ def runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
     if item.stage == "sweep":
         return studies(workspace, inputs)
     several = {"unlearn": _unlearn_runs, "reference": _reference_runs, "audit": _audit_runs}
-    if item.stage in several and len(item.keys) == 2:
-        return several[item.stage](workspace, inputs)
-    if item.stage in _POPULATIONS:
+    kind = _kind(item.stage)
+    if kind in several and len(item.keys) == 2:
+        return several[kind](workspace, inputs)
+    if kind in _POPULATIONS:
         return [_population_run(workspace, item, inputs)]
     if item.stage in (*_THEORY, "report"):
         return [_files_run(workspace, inputs)]
-    if item.stage not in ("prepare", "split"):
+    if kind not in ("prepare", "split"):
         return []
     path = workspace.results(item.stage, *item.keys) / "result.json"
     return [

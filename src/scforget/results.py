@@ -14,13 +14,13 @@ Record = dict[str, Any]
 REFERENCES = ("original", "retrain")
 
 
-def models_stage(dataset: str, scenario: str, method: str) -> tuple[str, ...]:
-    """The stage and keys under which a population of models was made."""
+def models_stage(dataset: str, scenario: str, method: str, suffix: str = "") -> tuple[str, ...]:
+    """The stage and keys under which a population of models was made; ``suffix`` is that of its family's stages."""
     if method == "original":
-        return ("train", dataset)
+        return (f"train{suffix}", dataset)
     if method == "retrain":
-        return ("retrain", dataset, scenario)
-    return ("unlearn", dataset, scenario, method)
+        return (f"retrain{suffix}", dataset, scenario)
+    return (f"unlearn{suffix}", dataset, scenario, method)
 
 
 def _mean(rows: Iterable[Record], key: str) -> float | None:
@@ -45,7 +45,7 @@ def _facts(rows: list[Record]) -> Record:
     return found
 
 
-def cost(workspace: Workspace, dataset: str, scenario: str, method: str) -> Record:
+def cost(workspace: Workspace, dataset: str, scenario: str, method: str, suffix: str = "") -> Record:
     """Mean cost of one model of a population, and its ratio to the early-stopped retrain's.
 
     Returns
@@ -58,7 +58,7 @@ def cost(workspace: Workspace, dataset: str, scenario: str, method: str) -> Reco
     """
 
     def rows(name: str, file: str) -> list[Record]:
-        path = workspace.results(*models_stage(dataset, scenario, name)) / file
+        path = workspace.results(*models_stage(dataset, scenario, name, suffix)) / file
         return list(read_json(path)["seeds"].values()) if path.exists() else []
 
     own, target = rows(method, "result.json"), rows("retrain", "result.json")
@@ -77,12 +77,16 @@ def cost(workspace: Workspace, dataset: str, scenario: str, method: str) -> Reco
     return found
 
 
-def audits(workspace: Workspace, dataset: str, scenario: str, methods: Iterable[str]) -> dict[str, Record]:
+def audits(
+    workspace: Workspace, dataset: str, scenario: str, methods: Iterable[str], suffix: str = ""
+) -> dict[str, Record]:  # fmt: skip
     """Audit records of a scenario by method, originals and retrains first, with ``cost`` and ``failed_seeds``."""
-    records: dict[str, Record] = dict(read_json(workspace.results("reference", dataset, scenario) / "result.json"))
+    records: dict[str, Record] = dict(
+        read_json(workspace.results(f"reference{suffix}", dataset, scenario) / "result.json")
+    )
     for method in methods:
-        records[method] = read_json(workspace.results("audit", dataset, scenario, method) / "result.json")
+        records[method] = read_json(workspace.results(f"audit{suffix}", dataset, scenario, method) / "result.json")
     for name, record in records.items():
-        made = read_json(workspace.results(*models_stage(dataset, scenario, name)) / "result.json")
-        record |= {"failed_seeds": made["failed"], "cost": cost(workspace, dataset, scenario, name)}
+        made = read_json(workspace.results(*models_stage(dataset, scenario, name, suffix)) / "result.json")
+        record |= {"failed_seeds": made["failed"], "cost": cost(workspace, dataset, scenario, name, suffix)}
     return records

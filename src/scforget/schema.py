@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, create_model, field_validator, model_validator
 
 from scforget import config
-from scforget.audit import AuditSettings
+from scforget.audit import AuditSettings, ClassAuditSettings
+from scforget.class_tasks import AugmentationSettings
+from scforget.class_training import ClassTrainingSettings
+from scforget.data.class_splits import ClassSplitSettings
+from scforget.data.items import ItemsSettings
 from scforget.data.prepare import PrepareSettings
 from scforget.data.splits import ScenarioSettings, SplitSettings, check_siblings
 from scforget.engine import ComputeSettings
-from scforget.methods import METHODS
+from scforget.methods import CLASSIFIER_METHODS, METHODS
+from scforget.models.classifiers import NetSettings
 from scforget.models.vae import VAESettings
 from scforget.search import SearchSettings
 from scforget.settings import Settings
@@ -31,13 +37,33 @@ Name = Annotated[str, Field(pattern=NAME)]
 Names = Annotated[list[Name], Field(min_length=1)]
 
 
-class PipelineSettings(Settings):
-    """What ``dvc repro`` runs: the full product of these lists."""
+class PlanSettings(Settings):
+    """What ``dvc repro`` runs of one family of models: the full product of these lists."""
 
     datasets: Names
     scenarios: Names
     shadow_blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     methods: Names
+
+
+class ClassifierPlanSettings(PlanSettings):
+    """The same of classifiers; no data set, no classifier."""
+
+    datasets: list[Name]
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in CLASSIFIER_METHODS:
+                raise ValueError(f"unknown method {name!r}; known: {', '.join(CLASSIFIER_METHODS)}")
+        return names
+
+
+class PipelineSettings(PlanSettings):
+    """What ``dvc repro`` runs: of VAEs, and under ``classifiers`` of classifiers."""
+
+    classifiers: ClassifierPlanSettings
 
     @field_validator("methods")
     @classmethod
@@ -62,6 +88,32 @@ class DatasetSettings(Settings):
     def largest_product(self) -> int:
         """Multiplications of the largest layer in a training step."""
         return self.training.batch_size * self.split.n_genes * self.model.hidden[0]
+
+
+class ClassifierSettings(Settings):
+    """Everything that belongs to the classifiers of one data set.
+
+    Attributes
+    ----------
+    items, split, scenarios
+        What is classified, how it is dealt, and what is to be forgotten.
+    model, augmentation, training
+        The net and its recipe.
+    class_weights
+        ``balanced``: the loss of each class weighs as one over its share of the items.
+    together
+        Shadow models that are trained side by side in one process; 1 for one after the other. Part of their recipe: the
+        last digits differ.
+    """
+
+    items: ItemsSettings
+    split: ClassSplitSettings
+    scenarios: Annotated[dict[Name, ScenarioSettings], Field(min_length=1), AfterValidator(check_siblings)]
+    model: NetSettings
+    augmentation: AugmentationSettings
+    class_weights: Literal["none", "balanced"]
+    training: ClassTrainingSettings
+    together: Annotated[int, Field(ge=1)]
 
 
 class Population(Settings):
@@ -185,6 +237,8 @@ class TheorySettings(Settings):
 
 _unlearn_fields: dict[str, Any] = {name: (method.settings, ...) for name, method in METHODS.items()}
 UnlearnSettings = create_model("UnlearnSettings", __base__=Settings, **_unlearn_fields)
+_class_fields: dict[str, Any] = {name: (method.settings, ...) for name, method in CLASSIFIER_METHODS.items()}
+UnlearnClassifierSettings = create_model("UnlearnClassifierSettings", __base__=Settings, **_class_fields)
 
 
 class Params(Settings):
@@ -204,18 +258,35 @@ class Params(Settings):
     retrain: Population
     unlearn: UnlearnSettings
     audit: AuditSettings
+    classifiers: dict[Name, ClassifierSettings]
+    train_classifier: Population
+    retrain_classifier: Population
+    unlearn_classifier: UnlearnClassifierSettings
+    audit_classifier: ClassAuditSettings
     sweep: SweepSettings
     theory: TheorySettings
 
     @model_validator(mode="after")
     def _described(self) -> Params:
-        for dataset in self.pipeline.datasets:
-            if dataset not in self.datasets:
-                raise ValueError(f"pipeline.datasets names {dataset!r}, which has no section under datasets")
-            known = self.datasets[dataset].scenarios
-            for scenario in self.pipeline.scenarios:
-                if scenario not in known:
-                    raise ValueError(f"datasets.{dataset}.scenarios lacks {scenario!r}; it has {', '.join(known)}")
+        plans: list[tuple[str, PlanSettings, str, Mapping[str, DatasetSettings | ClassifierSettings]]] = [
+            ("pipeline", self.pipeline, "datasets", self.datasets),
+            ("pipeline.classifiers", self.pipeline.classifiers, "classifiers", self.classifiers),
+        ]
+        for key, plan, section, described in plans:
+            for dataset in plan.datasets:
+                if dataset not in described:
+                    raise ValueError(f"{key}.datasets names {dataset!r}, which has no section under {section}")
+                known = described[dataset].scenarios
+                for scenario in plan.scenarios:
+                    if scenario not in known:
+                        raise ValueError(f"{section}.{dataset}.scenarios lacks {scenario!r}; it has {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _prepared(self) -> Params:
+        for name, described in self.classifiers.items():
+            if described.items.kind == "cells" and name not in self.datasets:
+                raise ValueError(f"classifiers.{name}.items: cells are prepared as datasets.{name} says; it is missing")
         return self
 
     @model_validator(mode="after")

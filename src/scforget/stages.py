@@ -6,17 +6,18 @@ unreachable server nor a kill loses work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from anndata import AnnData
 
-from scforget import artifacts, loading, populations, seeding
+from scforget import artifacts, populations, seeding
 from scforget.context import Context, open_item
-from scforget.data import genes, sources, splits
+from scforget.data import class_splits, genes, images, items, sources, splits
 from scforget.data import prepare as preparing
 from scforget.data.splits import ForgetSets
 from scforget.errors import ConfigError, ScforgetError, TooManyDivergedError, TrackingError
+from scforget.families import VAES, Family
 
 #: Shadow models of a block.
 SHADOWS = 8
@@ -50,6 +51,16 @@ def _choose_genes(
     return {"genes": chosen, "markers": marking}
 
 
+def _write_scenarios(context: Context, scenarios: Mapping[str, splits.Scenario]) -> None:
+    for name, scenario in scenarios.items():
+        arrays = {**vars(scenario.sets), "group": scenario.group, "controls": scenario.controls}
+        artifacts.write_arrays(context.work / f"{name}.npz", arrays)
+
+
+def _sizes(scenario: splits.Scenario) -> dict[str, int]:
+    return {**{key: len(value) for key, value in vars(scenario.sets).items()}, "controls": len(scenario.controls)}
+
+
 def split(dataset: str) -> None:
     """Deal the cells into sets, draw every scenario, choose genes and markers."""
     context = open_item("split", dataset)
@@ -62,16 +73,9 @@ def split(dataset: str) -> None:
     )  # fmt: skip
     chosen = _choose_genes(context, cells, sets, list(scenarios.values()))
     artifacts.write_arrays(context.work / "sets.npz", vars(sets))
-    for name, scenario in scenarios.items():
-        artifacts.write_arrays(
-            context.work / f"{name}.npz",
-            {**vars(scenario.sets), "group": scenario.group, "controls": scenario.controls},
-        )
+    _write_scenarios(context, scenarios)
     artifacts.write_json(context.work / "genes.json", chosen)
-    counts = {
-        name: {**{key: len(value) for key, value in vars(s.sets).items()}, "controls": len(s.controls)}
-        for name, s in scenarios.items()
-    }
+    counts = {name: _sizes(scenario) for name, scenario in scenarios.items()}
     sizes = {name: len(members) for name, members in vars(sets).items()}
     artifacts.write_json(
         context.results / "result.json", {"sets": sizes, "scenarios": counts, "genes": len(chosen["genes"])}
@@ -79,60 +83,97 @@ def split(dataset: str) -> None:
     context.track()
 
 
-def train(dataset: str) -> None:
+def _items(context: Context, dataset: str) -> items.Items:
+    """Read what a classifier learns from, each image once."""
+    raw, params = context.workspace.raw(dataset), context.params
+    if params.classifiers[dataset].items.kind == "images":
+        return items.from_images(images.without_duplicates(images.read(raw))[0])
+    settings = params.datasets[dataset].prepare
+    cells, _ = preparing.prepare(sources.read(raw, layer=settings.layer), settings, seed=context.seed())
+    return items.from_cells(cells)
+
+
+def prepare_classifier(dataset: str) -> None:
+    """Read labelled cells or images, deal them into sets, draw every scenario."""
+    context = open_item("prepare_classifier", dataset)
+    settings = context.params.classifiers[dataset]
+    found = _items(context, dataset)
+    dealt = class_splits.split_items(
+        found.obs, found.test, settings.split, seeding.numpy_generator(context.seed("items"))
+    )
+    scenarios = splits.draw_scenarios(
+        found.obs, dealt.sets, settings.scenarios, lambda name: seeding.numpy_generator(context.seed("scenario", name)),
+        context.params.audit_classifier.min_controls,
+    )  # fmt: skip
+    arrays = {name: getattr(found, name) for name in ("inputs", "labels", "classes", "names", "donors")}
+    artifacts.write_arrays(context.work / "items.npz", {**arrays, "test": dealt.test})
+    artifacts.write_arrays(context.work / "sets.npz", vars(dealt.sets))
+    _write_scenarios(context, scenarios)
+    sizes = {name: len(members) for name, members in {**vars(dealt.sets), "test": dealt.test}.items()}
+    summary = {"items": len(found.labels), "classes": len(found.classes), "shape": list(found.inputs.shape[1:])}
+    counts = {name: _sizes(scenario) for name, scenario in scenarios.items()}
+    artifacts.write_json(context.results / "result.json", {**summary, "sets": sizes, "scenarios": counts})
+    context.track()
+
+
+def train(dataset: str, family: Family = VAES) -> None:
     """Train the originals on every training cell."""
-    context = open_item("train", dataset)
-    task = loading.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
-    sets = loading.load_sets(context.workspace, dataset)
+    context = open_item(family.stage("train"), dataset)
+    sets = family.sets(context.workspace, dataset)
     nothing_forgotten = ForgetSets(sets.train[:0], sets.train, sets.stop, sets.aside)
-    populations.make(populations.Population(context, task, nothing_forgotten, "train"), context.params.train.seeds)
+    task = family.task(context.workspace, context.params, dataset)
+    population = populations.Population(context, task, nothing_forgotten, "train")
+    populations.make(population, family.seeds(context.params, "train"))
     context.track()
 
 
-def retrain(dataset: str, scenario: str) -> None:
+def retrain(dataset: str, scenario: str, family: Family = VAES) -> None:
     """Train the target population on the retained cells, by the same recipe with new seeds."""
-    context = open_item("retrain", dataset, scenario)
-    task = loading.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
-    sets = loading.load_scenario(context.workspace, dataset, scenario).sets
-    populations.make(populations.Population(context, task, sets, "retain"), context.params.retrain.seeds)
+    context = open_item(family.stage("retrain"), dataset, scenario)
+    task = family.task(context.workspace, context.params, dataset)
+    sets = family.scenario(context.workspace, dataset, scenario).sets
+    population = populations.Population(context, task, sets, "retain")
+    populations.make(population, family.seeds(context.params, "retrain"))
     context.track()
 
 
-def shadows(dataset: str, shadow_block: str) -> None:
+def shadows(dataset: str, shadow_block: str, family: Family = VAES) -> None:
     """Train a block of shadow models on random halves of the training and unseen cells, and score every cell."""
-    context = open_item("shadows", dataset, shadow_block)
-    task = loading.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
-    sets = loading.load_sets(context.workspace, dataset)
+    context = open_item(family.stage("shadows"), dataset, shadow_block)
+    task = family.task(context.workspace, context.params, dataset)
+    sets = family.sets(context.workspace, dataset)
     dealt = np.sort(np.concatenate([sets.train, sets.unseen]))
     members = splits.deal_halves(len(dealt), SHADOWS, seeding.numpy_generator(context.seed("cells")))
     halves = ForgetSets(dealt[:0], dealt, sets.stop, sets.aside)
     populations.make(populations.Shadows(context, task, halves, "half", members), range(SHADOWS))
     scored = np.concatenate([dealt, sets.aside])
     made = sorted(int(path.stem) for path in context.work.glob("*.safetensors"))
-    elbos = [task.signals(loading.load_model(task, context.work / f"{seed}.safetensors"), scored).elbo for seed in made]
+    scores = [task.signals(family.model(task, context.work / f"{seed}.safetensors"), scored).score for seed in made]
     held = np.pad(members[made], ((0, 0), (0, len(sets.aside))))
-    artifacts.write_arrays(context.work / "scores.npz", {"cells": scored, "members": held, "elbo": np.stack(elbos)})
+    kept = {"cells": scored, "members": held, family.primary: np.stack(scores)}
+    artifacts.write_arrays(context.work / "scores.npz", kept)
     context.track()
 
 
-def unlearn(dataset: str, scenario: str, method: str | None = None) -> None:
+def unlearn(dataset: str, scenario: str, method: str | None = None, family: Family = VAES) -> None:
     """Unlearn the forget set from each original once, by every method or by one.
 
     A method of which too few models are left, or a tracking server that is down, fails the stage when the others are
     done.
     """
-    context = open_item("unlearn", dataset, scenario)
-    methods = context.params.pipeline.methods
+    context = open_item(family.stage("unlearn"), dataset, scenario)
+    methods = family.plan(context.params).methods
     if method is not None and method not in methods:
         why = f"{method} is not part of it; it has {', '.join(methods)}"
-        raise ConfigError(context.workspace.root / "params.yaml", "pipeline.methods", why)
-    task = loading.load_task(context.workspace, context.params.datasets[dataset].model, dataset)
-    sets = loading.load_scenario(context.workspace, dataset, scenario).sets
-    made = artifacts.read_json(context.workspace.results("train", dataset) / "result.json")
+        raise ConfigError(context.workspace.root / "params.yaml", family.methods_key, why)
+    task = family.task(context.workspace, context.params, dataset)
+    sets = family.scenario(context.workspace, dataset, scenario).sets
+    made = artifacts.read_json(context.workspace.results(family.stage("train"), dataset) / "result.json")
     seeds = sorted(int(seed) for seed in made["seeds"])
     failed: ScforgetError | None = None
     for name in methods if method is None else [method]:
-        own = context.of_method(name, f"src/scforget/methods/{name}.py")
+        source = family.methods[name].run.__module__.rpartition(".")[-1]
+        own = context.of_method(name, f"src/scforget/methods/{source}.py")
         try:
             populations.make(populations.Unlearned(own, task, sets, "retain", name), seeds, context.warm_up)
             context.track(own.inputs)

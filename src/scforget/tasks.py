@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,16 @@ class Signals:
     def elbo(self) -> FloatArray:
         """``[N]``, nats: reconstruction minus KL; the score s of the audit, higher = more member-like."""
         return self.reconstruction - self.kl
+
+    @property
+    def score(self) -> FloatArray:
+        """What the audit's primary statistics rest on: :attr:`elbo`."""
+        return self.elbo
+
+    @property
+    def latent(self) -> FloatArray:
+        """Where the model puts each cell, ``[N, Z]``: :attr:`mu`."""
+        return self.mu
 
 
 class Loss(NamedTuple):
@@ -106,6 +116,31 @@ def _bernoulli_kl(logits: Tensor, other_logits: Tensor) -> Tensor:
     return p * (logsigmoid(logits) - logsigmoid(other_logits)) + (1 - p) * (
         logsigmoid(-logits) - logsigmoid(-other_logits)
     )
+
+
+class Task(Protocol):
+    """What a method that serves VAEs and classifiers alike may ask; ``Any`` is the task's own kind of model and batch.
+
+    :class:`VaeTask` answers for cells, :class:`~scforget.class_tasks.ClassifierTask` for labelled items.
+    """
+
+    def batch(self, cells: IntArray, /) -> Any:
+        """Return the given items as tensors on the device."""
+
+    def loss(self, model: Any, batch: Any, noise: torch.Generator | None, /) -> Any:
+        """Return the training loss ℓ(θ; x) of each item, ``total [B]``."""
+
+    def divergence(self, student: Any, teacher: Any, batch: Any, /) -> Any:
+        """How far a student's answers are from its teacher's, ``total [B]``; differentiable in the student."""
+
+    def outputs(self, model: Any, batch: Any, /) -> Tensor:
+        """What an adversary sees of each item, ``[B, K]``; differentiable in the model."""
+
+    def signals(self, model: Any, cells: IntArray, /) -> Any:
+        """Score items in eval mode: ``score [N]``, higher = more member-like, and ``latent [N, Z]``."""
+
+    def error(self, model: Any, cells: IntArray, /) -> float:
+        """Mean loss of items in eval mode, without any noise."""
 
 
 class VaeTask:
@@ -251,6 +286,18 @@ class VaeTask:
         # the gradient of a norm is undefined at 0, where a collapsed posterior has it
         norms = torch.stack([(part.square().sum(-1) + 1e-12).sqrt() for part in (mu, log_var)], 1)
         return torch.cat([sums, mu, log_var, norms], 1)
+
+    def outputs(self, model: VAE, batch: Batch) -> Tensor:
+        """What an adversary of :mod:`~scforget.methods.ungan` sees of each cell, ``[B, Z + G]``, at z = μ.
+
+        μ, and the expected expression on the scale of the encoder input, log1p(CP10k).
+        """
+        mu, _ = model.encode(batch.inputs)
+        return torch.cat([mu, torch.log1p(1e4 * model.decode(mu, batch.condition).logits.softmax(-1))], 1)
+
+    def error(self, model: Model, cells: IntArray) -> float:
+        """Mean −ELBO of cells at z = μ, nats per cell."""
+        return -float(self.signals(model, cells).elbo.mean())
 
     @torch.no_grad()
     def signals(self, model: Model, cells: IntArray) -> Signals:

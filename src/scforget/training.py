@@ -114,7 +114,7 @@ class Trained:
     ``facts`` are a method's own deterministic numbers (an ε spent, a residual) and words (a guarantee, or none).
     """
 
-    model: Model
+    model: Any  # of the task's own kind
     history: list[Epoch] = field(default_factory=list)
     effort: Effort = field(default_factory=Effort)
     facts: dict[str, float | str] = field(default_factory=dict)
@@ -173,6 +173,11 @@ def _restore(part: Part, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         index, slot = name.split("/")
         slots.setdefault(int(index), {})[slot] = value
     part.load_state_dict({**part.state_dict(), "state": slots})
+    for parameter, state in part.state.items():
+        for slot, value in state.items():
+            if value.shape == parameter.shape:
+                # laid out in memory as the parameter is: fused steps go by place, and a file knows but one layout
+                state[slot] = torch.empty_like(parameter).copy_(value)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

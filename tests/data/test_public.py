@@ -170,7 +170,7 @@ def test_fetch_names_the_status_of_a_refusal(tmp_path, server, monkeypatch):
     assert not list((tmp_path / "toy").iterdir())
 
 
-@pytest.mark.parametrize("name", ["toy.tar.gz", "toy.zip"])
+@pytest.mark.parametrize("name", ["toy.tar.gz", "toy.zip", "toy.deb"])
 def test_fetch_refuses_a_damaged_archive(tmp_path, server, monkeypatch, name):
     handler, address = server
     handler.files["/x"] = b"no archive"
@@ -193,12 +193,12 @@ def test_fetch_refuses_an_archive_that_leads_out_of_its_folder(tmp_path, server,
 
 
 def test_fetch_names_the_known_sets_for_an_unknown_one(tmp_path):
-    with pytest.raises(DataError, match="'pbmc4k'; wanted one of pbmc33k, pbmc3k, tabula_muris"):
+    with pytest.raises(DataError, match="'pbmc4k'; wanted one of fashion_mnist, pbmc33k, pbmc3k, tabula_muris"):
         fetch("pbmc4k", tmp_path, sha256=None)
 
 
 def test_public_sets_say_what_they_are():
-    assert set(PUBLIC) == {"pbmc3k", "pbmc33k", "tabula_muris"}
+    assert set(PUBLIC) == {"pbmc3k", "pbmc33k", "tabula_muris", *public.IMAGE_SETS}
     for name, one in PUBLIC.items():
         assert all((one.what, one.licence, one.citation)), name
         assert all(url.startswith("https://") for url in one.files.values())

@@ -5,6 +5,7 @@ from torch.nn.functional import cross_entropy
 
 from scforget import seeding
 from scforget.errors import DataError, EmptyGroupError, NonFiniteError
+from scforget.models.classifiers import MLP
 from scforget.models.vae import VAE, Batch, VAESettings
 from scforget.theory import nets
 
@@ -58,13 +59,13 @@ def slow_fisher(model, inputs, labels, weights):
 def test_classifier_has_the_published_numbers_of_parameters():
     sizes = [(32, [], 14, 462), (2000, [512, 128], 14, 1_093_262)]
     for features, hidden, classes, wanted in sizes:
-        built = nets.Classifier(features, hidden, classes, 0.3)
+        built = MLP(features, hidden, classes, 0.3)
         assert sum(p.numel() for p in built.parameters()) == wanted
         assert nets.parameter_count(features, hidden, classes) == wanted
 
 
 def test_classifier_is_built_as_the_encoder_of_the_vae_is():
-    built, encoder = nets.Classifier(30, [16, 8], 4, 0.1).hidden, vae().encoder
+    built, encoder = MLP(30, [16, 8], 4, 0.1).hidden, vae().encoder
     assert str(built) == str(encoder)
     assert {n: p.shape for n, p in built.named_parameters()} == {n: p.shape for n, p in encoder.named_parameters()}
 
@@ -82,7 +83,7 @@ def test_live_parameters_leaves_out_what_gets_no_gradient():
 def test_matched_widths_come_within_a_percent_of_the_size_and_keep_the_proportions(parameters):
     features = 20 if parameters < 10_000 else 500
     widths = nets.matched_widths(features, [512, 128], 10, parameters=parameters, tolerance=0.01)
-    found = sum(p.numel() for p in nets.Classifier(features, widths, 10, 0.0).parameters())
+    found = sum(p.numel() for p in MLP(features, widths, 10, 0.0).parameters())
     assert abs(found - parameters) <= 0.01 * parameters
     assert abs(widths[0] / widths[1] - 4) < 4 / widths[1]
 
@@ -145,7 +146,7 @@ def test_fit_classifier_takes_adam_s_steps(cells):
     kind = settings(hidden=[], max_epochs=4, weight_decay=0.1)
     found, _ = nets.fit_classifier(*cells, kind, 5, classes=3, held_out=cells, level=LEVEL)
     with seeding.scope(5, "classifier"):
-        slow = nets.Classifier(5, [], 3, 0.0)
+        slow = MLP(5, [], 3, 0.0)
     optimiser = torch.optim.Adam(slow.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(4):
         optimiser.zero_grad()

@@ -9,6 +9,8 @@ reference attacks
 the others
     ``mlp`` learns from the labels; ``population`` and ``kaggle`` compare whole populations of models, by one section of
     settings; ``gene_list`` needs neither model nor settings.
+
+The attacks on classifiers have registries of their own, by the same names where the attack is the same.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from scforget.attacks import knn, likelihood_ratio, lira, mlp, population, rmia, threshold
+from scforget.attacks import confidence, knn, likelihood_ratio, lira, mlp, population, rmia, threshold
 from scforget.settings import Settings
 
-__all__ = ["ATTACKS", "LEARNED", "MODEL_ATTACKS", "REFERENCE_ATTACKS", "Attack"]
+__all__ = [
+    "ATTACKS", "CLASS_ATTACKS", "CLASS_MODEL_ATTACKS", "CLASS_REFERENCE_ATTACKS", "LEARNED", "MODEL_ATTACKS",
+    "REFERENCE_ATTACKS", "Attack",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,21 @@ ATTACKS: dict[str, Attack] = {
     "mlp": Attack(mlp.MlpSettings, mlp.mlp),
     **REFERENCE_ATTACKS,
     "population": Attack(population.PopulationSettings, population.u_lira),
+}
+CLASS_MODEL_ATTACKS: dict[str, Attack] = {
+    "confidence": Attack(confidence.ConfidenceSettings, confidence.confidence),
+    "knn": MODEL_ATTACKS["knn"],
+}
+CLASS_REFERENCE_ATTACKS: dict[str, Attack] = {
+    "likelihood_ratio": REFERENCE_ATTACKS["likelihood_ratio"],
+    "lira": REFERENCE_ATTACKS["lira"],
+    "rmia": Attack(rmia.RmiaSettings, confidence.rmia_of_probabilities),
+}
+CLASS_ATTACKS: dict[str, Attack] = {
+    **CLASS_MODEL_ATTACKS,
+    "mlp": ATTACKS["mlp"],
+    **CLASS_REFERENCE_ATTACKS,
+    "population": ATTACKS["population"],
 }
 #: Scores of attackers that were trained on the labels of the cells they score.
 LEARNED = ("mlp", "published_mlp")

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from scforget.arrays import FloatArray
+from scforget.class_tasks import ClassSignals
 from scforget.errors import DataError, EmptyGroupError
 from scforget.settings import Settings
 from scforget.tasks import Signals
@@ -27,8 +28,10 @@ class KnnSettings(Settings):
     neighbours: Annotated[int, Field(gt=0)]
 
 
-def knn(signals: Signals, reference: Signals, settings: KnnSettings) -> dict[str, FloatArray]:
-    """Score each cell by its closeness to the retained cells in the audited model's latent means.
+def knn(
+    signals: Signals | ClassSignals, reference: Signals | ClassSignals, settings: KnnSettings
+) -> dict[str, FloatArray]:  # fmt: skip
+    """Score each cell by its closeness to the retained cells in the audited model's latent space.
 
     Parameters
     ----------
@@ -43,7 +46,7 @@ def knn(signals: Signals, reference: Signals, settings: KnnSettings) -> dict[str
     Returns
     -------
     dict
-        ``knn`` ``[N]``: minus the mean Euclidean distance of μ to its k nearest, higher = more member-like.
+        ``knn`` ``[N]``: minus the mean Euclidean distance to the k nearest, higher = more member-like.
 
     Raises
     ------
@@ -54,7 +57,7 @@ def knn(signals: Signals, reference: Signals, settings: KnnSettings) -> dict[str
 
     Notes
     -----
-    P0 §3 with z = μ: its sampled z adds noise of ±0.01 AUC.
+    P0 §3 with z = μ: its sampled z adds noise of ±0.01 AUC. A classifier's latent space is what its last layer sees.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -62,12 +65,12 @@ def knn(signals: Signals, reference: Signals, settings: KnnSettings) -> dict[str
     shared = bool(np.isin(signals.cells, reference.cells).any())
     if k + shared > R:
         raise EmptyGroupError("retained cells of the knn attack", R, f"at least {k + shared}")
-    if signals.mu.shape[1] != reference.mu.shape[1]:
-        found = f"{signals.mu.shape[1]} and {reference.mu.shape[1]}"
+    if signals.latent.shape[1] != reference.latent.shape[1]:
+        found = f"{signals.latent.shape[1]} and {reference.latent.shape[1]}"
         raise DataError("latent dimensions of the knn attack", found, "one model's")
     if len(signals.cells) == 0:
         return {"knn": np.empty(0)}
-    index = NearestNeighbors(n_neighbors=k + shared).fit(reference.mu)
-    distance, nearest = index.kneighbors(signals.mu)
+    index = NearestNeighbors(n_neighbors=k + shared).fit(reference.latent)
+    distance, nearest = index.kneighbors(signals.latent)
     distance[reference.cells[nearest] == signals.cells[:, None]] = np.inf
     return {"knn": -np.sort(distance, axis=1)[:, :k].mean(axis=1)}

@@ -17,12 +17,12 @@ class LikelihoodRatioSettings(Settings):
 def likelihood_ratio(
     scores: FloatArray, references: References, _settings: LikelihoodRatioSettings, *, own: bool
 ) -> dict[str, FloatArray]:
-    """Score each cell by its ELBO minus the mean ELBO under the retrained models.
+    """Score each cell by its primary score minus the mean of it under the retrained models.
 
     Parameters
     ----------
-    scores : ``[M, n]``, nats
-        Per-cell ELBO under the audited models.
+    scores : ``[M, n]``
+        Under the audited models: the per-cell ELBO in nats, or a classifier's logit-scaled confidence.
     references
         Of which only ``retrains`` ``[K, n]`` is used.
     _settings
@@ -33,7 +33,7 @@ def likelihood_ratio(
     Returns
     -------
     dict
-        ``likelihood_ratio`` ``[M, n]``, nats, higher = more member-like.
+        ``likelihood_ratio`` ``[M, n]``, in the score's unit, higher = more member-like.
 
     Raises
     ------

@@ -53,12 +53,12 @@ def _check_spread(name: str, variance: FloatArray, shadows: FloatArray) -> None:
 
 
 def lira(scores: FloatArray, references: References, settings: LiraSettings, *, own: bool) -> dict[str, FloatArray]:
-    """Score each cell by Gaussians of its ELBO under shadow models trained with it (IN) and without it (OUT).
+    """Score each cell by Gaussians of its primary score under shadow models trained with it (IN) and without it (OUT).
 
     Parameters
     ----------
-    scores : ``[M, n]``, nats
-        Per-cell ELBO under the audited models.
+    scores : ``[M, n]``
+        Under the audited models: the per-cell ELBO in nats, or a classifier's logit-scaled confidence.
     references
         Of which ``shadows``, ``members`` ``[S, n]`` and ``aside`` ``[n]`` are used.
     settings
@@ -81,7 +81,7 @@ def lira(scores: FloatArray, references: References, settings: LiraSettings, *, 
 
     Notes
     -----
-    Carlini et al. (2022), arXiv 2112.03570, of the ELBO as it is. Online: log N(s; μ_in, σ²_in) − log N(s; μ_out,
+    Carlini et al. (2022), arXiv 2112.03570, of the score as it is. Online: log N(s; μ_in, σ²_in) − log N(s; μ_out,
     σ²_out), two-sided where the variances differ. Offline: z = (s − μ_out)/σ_out. The one-sided test's log Φ(z) rises
     with z alike at all cells, so z ranks cells as it does; but Φ(z) rounds to 1 from z = 8 on, where remembered cells
     lie, and would tie them. s − μ_out would not do: its unit differs between cells. Variances are over count − 1.

@@ -18,13 +18,13 @@ def _finite(what: str, values: FloatArray) -> None:
 
 @dataclass(frozen=True)
 class References:
-    """Per-cell ELBOs of models other than the audited ones, on the same n scored cells.
+    """Primary scores of models other than the audited ones, on the same n scored cells.
 
     Attributes
     ----------
-    retrains : ``[K, n]``, nats
+    retrains : ``[K, n]``, nats of ELBO or logit-scaled confidence
         Under models trained without the forget cells; no scored cell was seen by any of them.
-    shadows : ``[S, n]``, nats
+    shadows : ``[S, n]``, in the same unit
         Under models trained on random parts of the cells.
     members : ``[S, n]`` bool
         Which scored cells each shadow was trained on (IN; the others are OUT).
@@ -69,8 +69,8 @@ class References:
 
         Parameters
         ----------
-        scores : ``[M, n]``, nats
-            Per-cell ELBO under the audited models; M >= 1.
+        scores : ``[M, n]``
+            Under the audited models; M >= 1.
         own
             Whether the audited models are the retrained ones themselves, in the same order.
 

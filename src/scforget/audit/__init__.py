@@ -17,21 +17,32 @@ Only the settings are here, so that reading ``params.yaml`` loads no statistics.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, create_model
 
-from scforget.attacks import ATTACKS
+from scforget.attacks import (
+    ATTACKS,
+    CLASS_ATTACKS,
+    CLASS_MODEL_ATTACKS,
+    CLASS_REFERENCE_ATTACKS,
+    MODEL_ATTACKS,
+    REFERENCE_ATTACKS,
+    Attack,
+)
 from scforget.settings import Settings
 
-__all__ = ["AuditSettings", "Margins", "equivalence", "intervals", "roc", "utility", "verdict"]
+__all__ = [
+    "AuditSettings", "BaseAuditSettings", "BaseMargins", "ClassAuditSettings", "ClassMargins", "Margins",
+    "equivalence", "intervals", "roc", "utility", "verdict",
+]  # fmt: skip
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 
 
-class Margins(Settings):
+class BaseMargins(Settings):
     """Largest differences from the retrained models that do not matter; fixed before any model is seen.
 
     Attributes
@@ -40,24 +51,51 @@ class Margins(Settings):
         AUC.
     trace
         Standard deviations of the retrained models' per-cell scores.
+    """
+
+    membership: Positive
+    trace: Positive
+
+    @property
+    def utility(self) -> dict[str, float]:
+        """Margins of the utility metrics, by metric: all that are not of a primary statistic."""
+        return {name: value for name, value in self if name not in BaseMargins.model_fields}
+
+
+class Margins(BaseMargins):
+    """Margins for VAEs.
+
+    Attributes
+    ----------
     elbo
         Nats per cell, utility.
     marker_r
         Pearson r, utility.
     """
 
-    membership: Positive
-    trace: Positive
     elbo: Positive
     marker_r: Positive
 
 
-_attack_fields: dict[str, Any] = {name: (attack.settings, ...) for name, attack in ATTACKS.items()}
-AttackSettings = create_model("AttackSettings", __base__=Settings, **_attack_fields)
+class ClassMargins(BaseMargins):
+    """Margins for classifiers.
+
+    Attributes
+    ----------
+    accuracy
+        Share of unseen items that are classified rightly, utility.
+    """
+
+    accuracy: Share
 
 
-class AuditSettings(Settings):
-    """Settings of the audit.
+def _sections(name: str, attacks: dict[str, Attack]) -> type[Settings]:
+    fields: dict[str, Any] = {attack: (found.settings, ...) for attack, found in attacks.items()}
+    return create_model(name, __base__=Settings, **fields)
+
+
+class BaseAuditSettings(Settings):
+    """Settings of the audit of any kind of model.
 
     Attributes
     ----------
@@ -83,9 +121,13 @@ class AuditSettings(Settings):
         δ of every (ε, δ).
     attacks
         One section for each attack of the registry.
+    model_attacks, reference_attacks
+        Those of the registry that look at one model, and that compare many models' scores.
     """
 
-    margins: Margins
+    model_attacks: ClassVar[dict[str, Attack]]
+    reference_attacks: ClassVar[dict[str, Attack]]
+    margins: BaseMargins
     level: Share
     interval_level: Share
     bootstrap_draws: Annotated[int, Field(ge=2)]
@@ -96,8 +138,26 @@ class AuditSettings(Settings):
     fpr_targets: list[Share]
     permutation_draws: Count
     delta: Share
-    attacks: AttackSettings
+    attacks: Settings
 
     def of(self, attack: str) -> Any:
         """Settings of one attack."""
         return getattr(self.attacks, attack)
+
+
+class AuditSettings(BaseAuditSettings):
+    """Settings of the audit of VAEs, see :class:`BaseAuditSettings`."""
+
+    model_attacks = MODEL_ATTACKS
+    reference_attacks = REFERENCE_ATTACKS
+    margins: Margins
+    attacks: _sections("AttackSettings", ATTACKS)  # type: ignore[valid-type]
+
+
+class ClassAuditSettings(BaseAuditSettings):
+    """Settings of the audit of classifiers, see :class:`BaseAuditSettings`."""
+
+    model_attacks = CLASS_MODEL_ATTACKS
+    reference_attacks = CLASS_REFERENCE_ATTACKS
+    margins: ClassMargins
+    attacks: _sections("ClassAttackSettings", CLASS_ATTACKS)  # type: ignore[valid-type]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from scforget.arrays import FloatArray
-from scforget.attacks import LEARNED, REFERENCE_ATTACKS
+from scforget.attacks import LEARNED
 from scforget.attacks.references import References
-from scforget.audit import AuditSettings, equivalence, evidence, intervals, roc, verdict
+from scforget.audit import BaseAuditSettings, equivalence, evidence, intervals, roc, verdict
 from scforget.audit.equivalence import Equivalence
 from scforget.audit.scene import RETRAINS_FOR_SPREAD, Groups, Population, Scene
 
@@ -19,21 +19,21 @@ Record = dict[str, Any]
 
 
 def _excess_abs_z(
-    population: Population, target: Population, groups: Groups, settings: AuditSettings
+    population: Population, target: Population, groups: Groups, settings: BaseAuditSettings
 ) -> list[float] | None:  # fmt: skip
-    own, base = (models.scores["elbo"][:, groups.forget] for models in (population, target))
+    own, base = (models.score[:, groups.forget] for models in (population, target))
     if len(base) < RETRAINS_FOR_SPREAD:
         return None
     return list(equivalence.excess_abs_z(own, base, shrinkage=settings.trace_shrinkage).tolist())
 
 
 def with_references(
-    population: Population, references: References, settings: AuditSettings, *, own: bool
+    population: Population, references: References, settings: BaseAuditSettings, *, own: bool
 ) -> Population:  # fmt: skip
     """Add the scores of every reference attack; ``own`` says that these models are the retrained ones themselves."""
     scores = dict(population.scores)
-    for name, attack in REFERENCE_ATTACKS.items():
-        scores |= attack.run(population.scores["elbo"], references, settings.of(name), own=own)
+    for name, attack in settings.reference_attacks.items():
+        scores |= attack.run(population.score, references, settings.of(name), own=own)
     return replace(population, scores=scores)
 
 
@@ -45,7 +45,9 @@ def _delong(scores: FloatArray, groups: Groups, control: str, level: float) -> l
     return [list(interval) for interval in found]
 
 
-def attacks(population: Population, target: Population, groups: Groups, settings: AuditSettings, seed: int) -> Record:
+def attacks(
+    population: Population, target: Population, groups: Groups, settings: BaseAuditSettings, seed: int
+) -> Record:
     """AUC of every score against every kind of control, with interval, null band and distance to the retrains."""
     sizes = groups.sizes()
     nulls = {
@@ -74,10 +76,10 @@ def attacks(population: Population, target: Population, groups: Groups, settings
 
 
 def _statistics(
-    population: Population, target: Population, groups: Groups, settings: AuditSettings
+    population: Population, target: Population, groups: Groups, settings: BaseAuditSettings
 ) -> dict[str, tuple[FloatArray, FloatArray]]:
     """Both primary statistics, of each audited model and of each retrain."""
-    own, base = population.scores["elbo"], target.scores["elbo"]
+    own, base = population.score, target.score
     shrinkage = settings.trace_shrinkage
     null = np.zeros(1)  # two retrains: neither has others to be measured against, so their spread is not known
     if len(base) >= RETRAINS_FOR_SPREAD:
@@ -117,27 +119,26 @@ def _complete(table: Record, metric: str) -> bool:
     return metric in table and None not in table[metric]["per_seed"]
 
 
-def _utility(population: Population, target: Population, settings: AuditSettings) -> Record:
+def _utility(population: Population, target: Population, settings: BaseAuditSettings) -> Record:
     table = utility_table(population, settings.interval_level)
     if population is target:
         return {**table, "verdict": None}
-    margins = {"elbo": settings.margins.elbo, "marker_r": settings.margins.marker_r}
     base = utility_table(target, settings.interval_level)["outside"]
     verdicts = {
         metric: verdict.utility_verdict(
             table["outside"][metric]["per_seed"], base[metric]["per_seed"], margin, settings.level
         )
-        for metric, margin in margins.items()
+        for metric, margin in settings.margins.utility.items()
         if _complete(table["outside"], metric) and _complete(base, metric)
     }
     combined = verdict.combined_utility(verdicts.values()) if verdicts else "undetermined"
     return {**table, "verdict": combined, "verdicts": verdicts}
 
 
-def _fixed_fpr(population: Population, groups: Groups, settings: AuditSettings) -> Record:
-    """TPR of the ELBO score at each target FPR, model by model; refused where the controls are too few."""
-    members = population.scores["elbo"][:, groups.forget]
-    controls = population.scores["elbo"][:, groups.controls["same_group"]]
+def _fixed_fpr(population: Population, groups: Groups, settings: BaseAuditSettings) -> Record:
+    """TPR of the primary score at each target FPR, model by model; refused where the controls are too few."""
+    members = population.score[:, groups.forget]
+    controls = population.score[:, groups.controls["same_group"]]
     return {
         f"{target:g}": [
             roc.tpr_at_fpr(own, others, target, level=settings.interval_level).to_dict()
@@ -148,7 +149,7 @@ def _fixed_fpr(population: Population, groups: Groups, settings: AuditSettings) 
 
 
 def _equivalences(
-    statistics: Mapping[str, tuple[FloatArray, FloatArray]], sides: Mapping[str, int], settings: AuditSettings
+    statistics: Mapping[str, tuple[FloatArray, FloatArray]], sides: Mapping[str, int], settings: BaseAuditSettings
 ) -> dict[str, Equivalence]:
     return {
         name: equivalence.welch_equivalence(
@@ -158,17 +159,17 @@ def _equivalences(
     }
 
 
-def _published_criterion(table: Record, target_table: Record) -> bool:
+def _published_criterion(table: Record, target_table: Record, primary: str) -> bool:
     """P0's rule on its own controls: mean advantage inside the retrain's interval of the advantage."""
-    low, high = target_table["elbo"]["matched_knn"]["interval"]
+    low, high = target_table[primary]["matched_knn"]["interval"]
     upper = max(roc.advantage(low), roc.advantage(high))
     lower = 0.0 if low <= 0.5 <= high else min(roc.advantage(low), roc.advantage(high))
-    own = float(np.mean([roc.advantage(value) for value in table["elbo"]["matched_knn"]["per_seed"]]))
+    own = float(np.mean([roc.advantage(value) for value in table[primary]["matched_knn"]["per_seed"]]))
     return verdict.published_criterion(own, (lower, upper))
 
 
 def judge(
-    method: str, population: Population, scene: Scene, *, target_attacks: Record, settings: AuditSettings, seed: int
+    method: str, population: Population, scene: Scene, *, target_attacks: Record, settings: BaseAuditSettings, seed: int
 ) -> Record:  # fmt: skip
     """Judge a population of unlearned models (or the originals themselves) against the retrained one.
 
@@ -205,6 +206,7 @@ def judge(
     sizes = groups.sizes()
     return {
         "method": method,
+        "score": population.primary,
         "models": len(population.seeds),
         "seeds": list(population.seeds),
         "groups": sizes,
@@ -219,7 +221,7 @@ def judge(
             n_members=sizes["forget"], n_controls=sizes["same_group"],
         ),
         "nothing_to_forget": verdict.nothing_to_forget(of_original["membership"]),
-        "published_criterion": _published_criterion(table, target_attacks),
+        "published_criterion": _published_criterion(table, target_attacks, population.primary),
         "utility": utility,
         "utility_rows": list(population.utility),
         "failure_modes": modes,
@@ -243,7 +245,7 @@ def _failure_modes(
     )
 
 
-def describe_target(scene: Scene, settings: AuditSettings, seed: int) -> Record:
+def describe_target(scene: Scene, settings: BaseAuditSettings, seed: int) -> Record:
     """Record of the retrained models themselves: the same numbers, retrain against retrain, and no verdict.
 
     ``design_power`` is the chance that a method as good as retraining is called so, by these numbers of retrains and
@@ -255,6 +257,7 @@ def describe_target(scene: Scene, settings: AuditSettings, seed: int) -> Record:
     spreading = {name: own for name, (own, _) in statistics.items() if own.size > 1}
     return {
         "method": "retrain",
+        "score": target.primary,
         "models": len(target.seeds),
         "seeds": list(target.seeds),
         "groups": groups.sizes(),

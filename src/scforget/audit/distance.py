@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scforget.arrays import FloatArray
-from scforget.audit import Margins, equivalence
+from scforget.audit import BaseMargins, equivalence
 
 
 class Distance(NamedTuple):
@@ -29,14 +29,14 @@ class Distance(NamedTuple):
     membership: FloatArray
 
 
-def _combine(scores: FloatArray, membership: FloatArray, margins: Margins) -> Distance:
+def _combine(scores: FloatArray, membership: FloatArray, margins: BaseMargins) -> Distance:
     scores = np.maximum(scores, 0.0)
     return Distance(scores / margins.trace + membership / margins.membership, scores, membership)
 
 
 def to_retrains(
     scores: FloatArray, aucs: FloatArray, retrain_scores: FloatArray, retrain_aucs: FloatArray, *,
-    margins: Margins, shrinkage: float,
+    margins: BaseMargins, shrinkage: float,
 ) -> Distance:  # fmt: skip
     """Distance of each model to the retrained population; too much forgetting is as far as too little.
 
@@ -63,7 +63,7 @@ def to_retrains(
 
 
 def between_retrains(
-    retrain_scores: FloatArray, retrain_aucs: FloatArray, *, margins: Margins, shrinkage: float
+    retrain_scores: FloatArray, retrain_aucs: FloatArray, *, margins: BaseMargins, shrinkage: float
 ) -> Distance:
     """Distance of each retrained model to the others, ``[K]``, K >= 4: what nothing but another seed makes."""
     others = ~np.eye(len(retrain_aucs), dtype=bool)

@@ -8,7 +8,7 @@ import numpy as np
 
 from scforget.arrays import BoolArray, FloatArray
 from scforget.attacks import LEARNED, kaggle, population
-from scforget.audit import AuditSettings, epsilon, exposure, intervals, permutation, variance
+from scforget.audit import BaseAuditSettings, epsilon, exposure, intervals, permutation, variance
 from scforget.audit.scene import RETRAINS_FOR_SPREAD, Groups, Population, Scene
 from scforget.errors import DataError
 
@@ -24,7 +24,7 @@ def _varying(scores: FloatArray, cells: BoolArray) -> bool:
     return bool(np.isfinite(found).all() and (np.ptp(found, axis=1) > 0).any())
 
 
-def worst_attack(own: Population, groups: Groups, settings: AuditSettings, seed: int) -> Record:
+def worst_attack(own: Population, groups: Groups, settings: BaseAuditSettings, seed: int) -> Record:
     """The strongest of all attacks that never saw the labels, with the p-value of having looked at all of them."""
     controls = groups.controls["same_group"]
     tried = [name for name in own.scores if name not in LEARNED]
@@ -38,10 +38,10 @@ def worst_attack(own: Population, groups: Groups, settings: AuditSettings, seed:
     return {**found.to_dict(), "constant": [name for name in tried if name not in names]}
 
 
-def against_retrains(own: Population, scene: Scene, settings: AuditSettings, seed: int) -> Record:
+def against_retrains(own: Population, scene: Scene, settings: BaseAuditSettings, seed: int) -> Record:
     """Populations of models: Kaggle epsilon and forgetting quality, KLOM, U-LiRA, each with retrain against retrain."""
     chosen, forget = settings.of("population"), scene.groups.forget
-    one, two = (models.scores["elbo"][:, forget] for models in (own, scene.target))
+    one, two = (models.score[:, forget] for models in (own, scene.target))
     same = min(len(one), len(two) // 2)
     if same < 3:
         return {"models": same, "refused": f"{len(one)} unlearned and {len(two)} retrained models; wanted 3 and 6"}
@@ -66,11 +66,11 @@ def against_retrains(own: Population, scene: Scene, settings: AuditSettings, see
 
 def _per_model(models: Population, groups: Groups) -> dict[str, FloatArray]:
     """Two numbers a model, of which a method as good as retraining has the retrains' distribution."""
-    elbo = models.scores["elbo"]
-    return {"membership": groups.aucs(elbo, "same_group"), "mean_elbo": elbo[:, groups.forget].mean(axis=1)}
+    means = models.score[:, groups.forget].mean(axis=1)
+    return {"membership": groups.aucs(models.score, "same_group"), f"mean_{models.primary}": means}
 
 
-def indistinguishability(own: Population, scene: Scene, settings: AuditSettings, seed: int) -> Record:
+def indistinguishability(own: Population, scene: Scene, settings: BaseAuditSettings, seed: int) -> Record:
     """How far the models can be told from retrains: a valid lower bound on epsilon, and a plug-in delta(epsilon)."""
     base = _per_model(scene.target, scene.groups)
     statistics = {name: (one, base[name]) for name, one in _per_model(own, scene.groups).items()}
@@ -95,10 +95,10 @@ def _attacker_variance(own: Population, groups: Groups, level: float) -> Record:
     return variance.variance_components(aucs[:, None, :], level=level).to_dict()
 
 
-def _exposure(own: Population, scene: Scene, settings: AuditSettings) -> exposure.Exposure:
+def _exposure(own: Population, scene: Scene, settings: BaseAuditSettings) -> exposure.Exposure:
     forget = scene.groups.forget
     return exposure.exposure(
-        own.scores["elbo"][:, forget], scene.target.scores["elbo"][:, forget],
+        own.score[:, forget], scene.target.score[:, forget],
         shrinkage=settings.trace_shrinkage, level=settings.interval_level,
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ def _cells(found: exposure.Exposure, scene: Scene) -> pd.DataFrame:
     return table.sort_values("z", ascending=False, kind="stable")
 
 
-def cell_table(own: Population, scene: Scene, settings: AuditSettings) -> pd.DataFrame:
+def cell_table(own: Population, scene: Scene, settings: BaseAuditSettings) -> pd.DataFrame:
     """Every forget cell, the most exposed first: barcode, kind, donor, z against the retrains and its interval.
 
     No row with too few retrains to have a spread.
@@ -124,7 +124,7 @@ def cell_table(own: Population, scene: Scene, settings: AuditSettings) -> pd.Dat
     return _cells(_exposure(own, scene, settings), scene)
 
 
-def exposed_cells(own: Population, scene: Scene, settings: AuditSettings, seed: int) -> Record:
+def exposed_cells(own: Population, scene: Scene, settings: BaseAuditSettings, seed: int) -> Record:
     """Which forget cells remain most exposed, by kind and by donor."""
     if len(scene.target.seeds) < RETRAINS_FOR_SPREAD:
         return {"refused": f"{len(scene.target.seeds)} retrained models; wanted {RETRAINS_FOR_SPREAD}"}
@@ -141,13 +141,13 @@ def exposed_cells(own: Population, scene: Scene, settings: AuditSettings, seed: 
     if known:
         record["by_donor"] = exposure.by_group(found.mean, scene.donors[forget])
         record["donor_auc"] = exposure.donor_auc(
-            own.scores["elbo"], scene.donors, forget, groups.controls["same_group"],
+            own.score, scene.donors, forget, groups.controls["same_group"],
             level=settings.interval_level, seed=seed, draws=settings.bootstrap_draws,
         )  # fmt: skip
     return record
 
 
-def of_population(own: Population, scene: Scene, settings: AuditSettings, seed: int) -> Record:
+def of_population(own: Population, scene: Scene, settings: BaseAuditSettings, seed: int) -> Record:
     """All of the above for one population of models."""
     return {
         "worst_attack": worst_attack(own, scene.groups, settings, seed),
@@ -157,7 +157,7 @@ def of_population(own: Population, scene: Scene, settings: AuditSettings, seed: 
     }
 
 
-def of_target(scene: Scene, settings: AuditSettings, seed: int) -> Record:
+def of_target(scene: Scene, settings: BaseAuditSettings, seed: int) -> Record:
     """What there is to say of the retrained models themselves."""
     return {
         "worst_attack": worst_attack(scene.target, scene.groups, settings, seed),
@@ -165,7 +165,7 @@ def of_target(scene: Scene, settings: AuditSettings, seed: int) -> Record:
     }
 
 
-def gene_list(scores: FloatArray | None, groups: Groups, settings: AuditSettings) -> Record | None:
+def gene_list(scores: FloatArray | None, groups: Groups, settings: BaseAuditSettings) -> Record | None:
     """AUC of the gene-list attack, which needs no model, against every kind of control; None if no gene was chosen."""
     if scores is None:
         return None

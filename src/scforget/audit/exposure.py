@@ -79,9 +79,9 @@ def exposure(scores: npt.ArrayLike, retrained: npt.ArrayLike, *, shrinkage: floa
 
     Parameters
     ----------
-    scores : ``[M, F]``, nats
-        Per-cell ELBO of the F forget cells under M >= 1 unlearned models.
-    retrained : ``[K, F]``, nats
+    scores : ``[M, F]``
+        Primary score of the F forget cells under M >= 1 unlearned models.
+    retrained : ``[K, F]``
         The same under K >= 3 retrained models.
     shrinkage
         w in [0, 1], as for ``equivalence.trace``.

@@ -57,6 +57,8 @@ class Population:
         Latent means under the first model.
     attackers : ``[M, A, n]``
         The learned attack's scores, for each of its A seeds.
+    primary
+        Name of the score that both primary statistics rest on: ``elbo`` of a VAE, ``confidence`` of a classifier.
     """
 
     seeds: Sequence[int]
@@ -64,6 +66,20 @@ class Population:
     utility: Sequence[UtilityRow]
     latent: npt.NDArray[np.floating[Any]]
     attackers: FloatArray
+    primary: str = "elbo"
+
+    @property
+    def score(self) -> FloatArray:
+        """``[M, n]``: the primary score.
+
+        Raises
+        ------
+        DataError
+            If no score has its name.
+        """
+        if self.primary not in self.scores:
+            raise DataError("scores of a population", ", ".join(self.scores), f"{self.primary} among them")
+        return self.scores[self.primary]
 
 
 @dataclass(frozen=True)

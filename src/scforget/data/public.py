@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import lzma
 import shutil
 import sys
 import tarfile
@@ -15,6 +17,7 @@ from pathlib import Path
 from scforget.errors import DataError
 
 CHUNK = 2**16
+_AR, _AR_HEADER = b"!<arch>\n", 60
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,14 @@ class PublicSet:
     Attributes
     ----------
     files
-        Name on disk -> address. Archives (``.tar.gz``, ``.zip``) are unpacked.
+        Name on disk -> address. Archives (``.tar.gz``, ``.zip``, ``.deb``) are unpacked.
     sha256
         What ``fetch`` must find when its caller names no hash; ``None`` where nobody has published one.
     what, licence, citation
         For people.
+    installed
+        Where the Debian package that is downloaded would put its files, and the hash of those (as ``FetchResult`` has
+        it of several): if they are there already, nothing is downloaded.
     """
 
     files: Mapping[str, str]
@@ -36,6 +42,7 @@ class PublicSet:
     what: str
     licence: str
     citation: str
+    installed: tuple[Path, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class FetchResult:
     Attributes
     ----------
     paths
-        The folders that hold a matrix, then the files that are no archive: what ``join`` takes.
+        The folders that hold a matrix or images, then the files that are no archive: what ``join`` takes, of cells.
     sha256
         Of the one downloaded file; of several, of their ``sha256sum`` lines (hash, two spaces, name) in order.
     """
@@ -56,8 +63,23 @@ class FetchResult:
 
 _TENX = "https://cf.10xgenomics.com/samples/cell-exp/1.1.0"
 _FIGSHARE = "https://ndownloader.figshare.com/files"
+_DEBIAN = "https://deb.debian.org/debian/pool/main/d/dataset-fashion-mnist"
+#: Public sets of images; the others are of cells.
+IMAGE_SETS = ("fashion_mnist",)
 
 PUBLIC: Mapping[str, PublicSet] = {
+    "fashion_mnist": PublicSet(
+        # Debian's package of it, whose hash Debian publishes and signs.
+        files={"fashion_mnist.deb": f"{_DEBIAN}/dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb"},
+        sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        what="70,000 grey images of clothes, 28 x 28 pixels, 10 classes",
+        licence="MIT",
+        citation="Xiao, Rasul & Vollgraf, Fashion-MNIST (2017), arXiv:1708.07747; as packaged by Debian",
+        installed=(
+            Path("/usr/share/datasets/fashion-mnist"),
+            "f37bf62265b0989968a94c78e420344f1ede1007dabf032a0dc5e88371fef370",
+        ),
+    ),
     "pbmc3k": PublicSet(
         files={"pbmc3k.tar.gz": f"{_TENX}/pbmc3k/pbmc3k_filtered_gene_bc_matrices.tar.gz"},
         sha256=None,
@@ -112,6 +134,8 @@ def fetch(name: str, folder: Path, *, sha256: str | None) -> FetchResult:
     if name not in PUBLIC:
         raise DataError("public set", repr(name), f"one of {', '.join(sorted(PUBLIC))}")
     public, home = PUBLIC[name], folder / name
+    if (copied := _copy_installed(public, home, sha256)) is not None:
+        return copied
     pooch.get_logger().setLevel("WARNING")  # the progress bar says it already
     files = []
     for file, url in public.files.items():
@@ -129,8 +153,34 @@ def fetch(name: str, folder: Path, *, sha256: str | None) -> FetchResult:
         raise DataError(f"public set {name}", f"sha256 {found}", f"{wanted}; delete {home} to download it again")
     for path in files:
         _unpack(path)
-    matrices = sorted(file.parent for file in home.rglob("matrix.mtx*"))
-    return FetchResult((*matrices, *(file for file in files if _stem(file) is None)), found)
+    return FetchResult((*_found(home), *(file for file in files if _stem(file) is None)), found)
+
+
+def _found(home: Path) -> list[Path]:
+    """Folders that hold a matrix or images."""
+    return sorted({file.parent for pattern in ("matrix.mtx*", "*-idx3-ubyte*") for file in home.rglob(pattern)})
+
+
+def _copy_installed(public: PublicSet, home: Path, sha256: str | None) -> FetchResult | None:
+    """Take a set from the Debian package that would be downloaded, if that is installed and whole; else ``None``."""
+    if public.installed is None or public.sha256 is None or (sha256 or public.sha256).lower() != public.sha256:
+        return None
+    (folder, wanted), (file,) = public.installed, public.files
+    target = home / str(_stem(home / file))
+    if (home / file).exists():
+        return None
+    if target.exists():  # taken before
+        if not target.is_dir() or _digest(sorted(target.iterdir())) != wanted:
+            raise DataError(str(target), "other files than were put there", "delete it to fetch them again")
+        return FetchResult((target,), public.sha256)
+    if not folder.is_dir() or _digest(sorted(folder.iterdir())) != wanted:
+        return None
+    half = target.with_name(f"{target.name}.unpacking")
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.copytree(folder, half)
+    half.rename(target)
+    print(f"taken from {folder}, where the Debian package is installed; nothing was downloaded", file=sys.stderr)
+    return FetchResult((target,), public.sha256)
 
 
 def _reason(error: Exception) -> str:
@@ -186,8 +236,28 @@ def _digest(files: Sequence[Path]) -> str:
 
 def _stem(file: Path) -> str | None:
     """Return the name of an archive without its ending; ``None`` for other files."""
-    endings = (ending for ending in (".tar.gz", ".zip") if file.name.endswith(ending))
+    endings = (ending for ending in (".tar.gz", ".zip", ".deb") if file.name.endswith(ending))
     return next((file.name.removesuffix(ending) for ending in endings), None)
+
+
+_UNPACKING = tarfile.TarError, zipfile.BadZipFile, shutil.ReadError, zlib.error, lzma.LZMAError, EOFError
+
+
+def _data_of(file: Path) -> bytes:
+    """Return the archive of files in a Debian package, which is an ``ar`` archive of three (deb(5), ar(5))."""
+    content, at = file.read_bytes(), len(_AR)
+    if not content.startswith(_AR):
+        raise shutil.ReadError(f"{file} is no Debian package")
+    while at + _AR_HEADER <= len(content):
+        header = content[at : at + _AR_HEADER]
+        name, size = header[:16].decode("ascii", "replace").rstrip(" /"), header[48:58].strip()
+        if header[58:] != b"`\n" or not size.isdigit():
+            break
+        start = at + _AR_HEADER
+        if name.startswith("data.tar") and start + int(size) <= len(content):
+            return content[start : start + int(size)]
+        at = start + int(size) + int(size) % 2  # members begin at even places
+    raise shutil.ReadError(f"{file} holds no files")
 
 
 def _unpack(file: Path) -> None:
@@ -200,9 +270,12 @@ def _unpack(file: Path) -> None:
     try:
         if file.suffix == ".zip":
             shutil.unpack_archive(file, half)
+        elif file.suffix == ".deb":
+            with tarfile.open(fileobj=io.BytesIO(_data_of(file))) as tar:
+                tar.extractall(half, filter="data")
         else:
             shutil.unpack_archive(file, half, filter="data")  # refuses paths that lead out of the folder
-    except (tarfile.TarError, zipfile.BadZipFile, shutil.ReadError, zlib.error, EOFError, OSError) as error:
+    except (*_UNPACKING, OSError) as error:
         shutil.rmtree(half, ignore_errors=True)
         found = f"{type(error).__name__} on unpacking"
         raise DataError(str(file), found, "an archive; delete it to download it again") from error

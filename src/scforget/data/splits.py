@@ -66,6 +66,13 @@ class DonorScenario(Settings):
     donor: str
 
 
+class PeopleScenario(Settings):
+    """Forget every training item of some donors, drawn at random: together about this share of the training items."""
+
+    kind: Literal["people"]
+    fraction: Fraction
+
+
 class QueryScenario(Settings):
     """Forget the training cells that a pandas query on obs selects.
 
@@ -79,15 +86,15 @@ class QueryScenario(Settings):
 class SiblingScenario(Settings):
     """Forget as many training cells of the same kind as another request does, none of which that one forgets.
 
-    What is tuned on the one can be judged on the other. Only of ``subset`` and ``scattered``: the rest leave no cell of
-    their kind. Two siblings of one request may share cells.
+    What is tuned on the one can be judged on the other. Only of ``subset``, ``scattered`` and ``people``, of whom it
+    takes others: the rest leave no cell of their kind. Two siblings of one request may share cells.
     """
 
     kind: Literal["sibling"]
     of: str
 
 
-Request = ClusterScenario | SubsetScenario | ScatteredScenario | DonorScenario | QueryScenario
+Request = ClusterScenario | SubsetScenario | ScatteredScenario | DonorScenario | PeopleScenario | QueryScenario
 ScenarioSettings = Annotated[Request | SiblingScenario, Field(discriminator="kind")]
 
 
@@ -187,6 +194,10 @@ def _group(obs: pd.DataFrame, settings: Request) -> BoolArray:
     """``[N]``: which cells are of the kind that the request names."""
     if isinstance(settings, ScatteredScenario):
         return np.ones(len(obs), dtype=bool)
+    if isinstance(settings, PeopleScenario):
+        if "donor" not in obs:
+            raise DataError("scenario kind 'people'", "items of nobody known", "an identity, or donor, for each")
+        return np.asarray(obs["donor"].notna() & (obs["donor"].astype(str) != ""), dtype=bool)
     if isinstance(settings, QueryScenario):
         try:
             selected = obs.index.isin(obs.query(settings.query).index)
@@ -214,6 +225,23 @@ def _selected(candidates: IntArray, settings: Request, rng: np.random.Generator)
     if candidates.size and wanted > len(candidates):
         raise EmptyGroupError(f"scenario kind {settings.kind!r}", f"{len(candidates)} training cells", f"{wanted}")
     return np.sort(rng.choice(candidates, size=wanted, replace=False))
+
+
+def _people(
+    obs: pd.DataFrame, candidates: IntArray, wanted: float, taken: IntArray, rng: np.random.Generator
+) -> IntArray:
+    """All candidates of some donors in random order, as many as come nearest to the number wanted, at least one.
+
+    Donors of the cells ``taken`` are left out.
+    """
+    donors = obs["donor"].astype(str).to_numpy()
+    candidates = candidates[~np.isin(donors[candidates], donors[taken])]
+    names, which, counts = np.unique(donors[candidates], return_inverse=True, return_counts=True)
+    if not len(names):
+        return candidates
+    order = rng.permutation(len(names))
+    nearest = int(np.abs(counts[order].cumsum() - wanted).argmin())
+    return candidates[np.isin(which, order[: nearest + 1])]
 
 
 def _controls(
@@ -246,9 +274,9 @@ def draw_scenario(
     obs : N rows
         Of the prepared cells, with ``label`` and, for donors, ``donor``.
     sets
-        From :func:`split_cells`.
+        From :func:`split_cells`; without any ``stop`` cell where none decides when to stop.
     rng
-        Chooses the cells of ``subset`` and ``scattered``.
+        Chooses the cells of ``subset`` and ``scattered``, and the donors of ``people``.
     min_controls
         The fewest ``same_group`` controls that a verdict can rest on.
     other
@@ -257,8 +285,8 @@ def draw_scenario(
     Raises
     ------
     EmptyGroupError
-        If the request selects no training cell, every training cell, leaves no ``stop`` cell, or too few ``unseen``
-        cells of the same kind to compare with; or if the other request leaves a sibling no cell.
+        If the request selects no training cell, every training cell, takes all ``stop`` cells, or leaves too few
+        ``unseen`` cells of the same kind to compare with; or if the other request leaves a sibling no cell.
     DataError
         If the query or the column cannot be used.
     """
@@ -267,7 +295,11 @@ def draw_scenario(
     if not group.any():
         raise EmptyGroupError(what, "a request that selects no cell", "at least one cell; check spelling and quotes")
     candidates = sets.train[group[sets.train]]
-    forget = _selected(candidates, settings, rng) if other is None else _apart(candidates, other.sets.forget, rng)
+    taken = sets.train[:0] if other is None else other.sets.forget
+    if isinstance(settings, PeopleScenario):
+        forget = _people(obs, candidates, settings.fraction * len(sets.train), taken, rng)
+    else:
+        forget = _selected(candidates, settings, rng) if other is None else _apart(candidates, taken, rng)
     if not len(forget):
         found = "(only cells the model never saw)" if other is None else "that the other does not hold already"
         wanted = "at least one to forget" if other is None else "a sibling of a smaller subset, or of scattered cells"
@@ -275,13 +307,18 @@ def draw_scenario(
     retain = np.setdiff1d(sets.train, forget)
     if not len(retain):
         raise EmptyGroupError(what, "a request that selects every training cell", "some to retain; delete the model")
+    theirs = group
+    if isinstance(settings, PeopleScenario):
+        theirs = np.asarray(obs["donor"].isin(obs["donor"].iloc[forget]), dtype=bool)
+        # where donors are all in one set, the controls are of other people, who might as well have been drawn
+        group = theirs if theirs[sets.unseen].any() else group
     controls = _controls(obs["label"].astype(str).to_numpy(dtype=object), forget, sets.unseen, group, rng)
     if len(controls) < min_controls:
         wanted = f"at least audit.min_controls = {min_controls} to compare with; a larger unseen share"
         raise EmptyGroupError(what, f"{len(controls)} unseen cells of the same kind", wanted)
     whole = not isinstance(settings, ScatteredScenario | SubsetScenario)
-    stop = sets.stop[~group[sets.stop]] if whole else sets.stop
-    if not len(stop):
+    stop = sets.stop[~theirs[sets.stop]] if whole else sets.stop
+    if len(sets.stop) and not len(stop):
         raise EmptyGroupError(what, "no stop cell outside the request", "a larger stop share")
     return Scenario(ForgetSets(forget, retain, stop, sets.aside), group, controls)
 

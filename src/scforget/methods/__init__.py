@@ -1,4 +1,4 @@
-"""Unlearning methods: one file each, with its settings and one function; this registry names them all.
+"""Unlearning methods: one file each, with its settings and one function; these registries name them all.
 
 A method gets a copy of the original that is its own to change, the task, the cell sets of the request, its settings,
 a seed and a checkpoint, and returns a :class:`~scforget.training.Trained`. ``NAME_published`` is what the single-cell
@@ -11,6 +11,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from scforget.methods import (
+    adv_neg_grad,
+    bad_teacher,
+    cf_k,
+    class_finetune,
+    contrastive_finetune,
     contrastive_latent,
     contrastive_latent_published,
     dp_sgd,
@@ -21,11 +26,14 @@ from scforget.methods import (
     fisher_scrub_published,
     frozen_critics,
     frozen_critics_published,
+    gisa,
     gradient_ascent,
     gradient_ascent_published,
     influence,
+    neg_grad,
     noisy_finetune,
     partial_reset,
+    random_labels,
     reset_distill,
     retain_finetune,
     retain_finetune_published,
@@ -33,14 +41,17 @@ from scforget.methods import (
     scrub,
     scrub_published,
     shrink_perturb,
+    similarity_teacher,
     sisa,
     ssd,
     ssd_published,
+    ungan,
+    unsir,
 )
 from scforget.settings import Settings
 from scforget.training import Trained
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["CLASSIFIER_METHODS", "METHODS", "Method"]
 
 
 class Method(NamedTuple):
@@ -50,6 +61,23 @@ class Method(NamedTuple):
     run: Callable[..., Trained]
 
 
+CLASSIFIER_METHODS: dict[str, Method] = {
+    "retain_finetune": Method(class_finetune.ClassFinetuneSettings, class_finetune.class_finetune),
+    "random_labels": Method(random_labels.RandomLabelsSettings, random_labels.random_labels),
+    "neg_grad": Method(neg_grad.NegGradSettings, neg_grad.neg_grad),
+    "adv_neg_grad": Method(adv_neg_grad.AdvNegGradSettings, adv_neg_grad.adv_neg_grad),
+    "cf_k": Method(cf_k.CFkSettings, cf_k.cf_k),
+    "unsir": Method(unsir.UnsirSettings, unsir.unsir),
+    "scrub": Method(scrub.ClassScrubSettings, scrub.class_scrub),
+    "ssd": Method(ssd.SSDSettings, ssd.ssd),
+    "gisa": Method(gisa.GisaSettings, gisa.gisa),
+    "bad_teacher": Method(bad_teacher.BadTeacherSettings, bad_teacher.bad_teacher),
+    "similarity_teacher": Method(similarity_teacher.SimilarityTeacherSettings, similarity_teacher.similarity_teacher),
+    "contrastive_finetune": Method(
+        contrastive_finetune.ContrastiveFinetuneSettings, contrastive_finetune.contrastive_finetune
+    ),
+    "ungan": Method(ungan.UnganSettings, ungan.ungan),
+}
 METHODS: dict[str, Method] = {
     "retain_finetune": Method(retain_finetune.RetainFinetuneSettings, retain_finetune.retain_finetune),
     "gradient_ascent": Method(gradient_ascent.GradientAscentSettings, gradient_ascent.gradient_ascent),
@@ -66,6 +94,7 @@ METHODS: dict[str, Method] = {
     "partial_reset": Method(partial_reset.PartialResetSettings, partial_reset.partial_reset),
     "reset_distill": Method(reset_distill.ResetDistillSettings, reset_distill.reset_distill),
     "shrink_perturb": Method(shrink_perturb.ShrinkPerturbSettings, shrink_perturb.shrink_perturb),
+    "ungan": Method(ungan.UnganSettings, ungan.ungan),
     "retain_finetune_published": Method(
         retain_finetune_published.RetainFinetunePublishedSettings, retain_finetune_published.retain_finetune_published
     ),

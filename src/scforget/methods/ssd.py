@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from scforget import fisher
 from scforget.curvature import require_finite
 from scforget.data.splits import ForgetSets
-from scforget.models.vae import VAE
 from scforget.search import Choice, Range
 from scforget.settings import Settings
-from scforget.tasks import VaeTask
+from scforget.tasks import Task
 from scforget.training import Checkpoint, Effort, Trained
 
 
@@ -109,7 +108,7 @@ def dampen_by_share(model: nn.Module, forget: fisher.Diagonal, reference: fisher
 
 
 def ssd(
-    model: VAE, task: VaeTask, sets: ForgetSets, settings: SSDSettings, *,
+    model: nn.Module, task: Task, sets: ForgetSets, settings: SSDSettings, *,
     seed: int, checkpoint: Checkpoint | None = None,  # noqa: ARG001  (seconds of work: nothing to resume)
 ) -> Trained:  # fmt: skip
     """Dampen by the exact per-cell diagonal Fisher information; no fine-tuning.

@@ -24,6 +24,7 @@ from scforget.report.tables import (
     margin,
     number,
     ordered,
+    score_of,
     value,
 )  # fmt: skip
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _mark(axes: Axes, x: float, y: float, verdict: object, **errors: Any) -> None:
+def mark(axes: Axes, x: float, y: float, verdict: object, **errors: Any) -> None:
+    """Draw a point in the look of a verdict, with error bars as matplotlib wants them."""
     seen = look(verdict)
     style: dict[str, Any] = {"color": seen.colour, "mfc": seen.fill, "marker": seen.marker, "markersize": 7}
     axes.errorbar(x, y, capsize=3, zorder=3, **style, **errors)
@@ -45,7 +47,8 @@ def _reach(audit: Audit, key: str) -> FloatArray:
     return np.nan_to_num(np.abs([[centre - low], [high - centre]]))
 
 
-def _verdict_legend(figure: Figure, audits: Audits) -> None:
+def verdict_legend(figure: Figure, audits: Audits) -> None:
+    """Say below a picture what the looks of its verdicts mean."""
     from matplotlib.lines import Line2D
 
     seen = dict.fromkeys(look(dig(audits[method], "verdict")) for method in ordered(audits))
@@ -61,11 +64,11 @@ def _distance_panel(axes: Axes, audits: Audits, key: str, label: str) -> None:
     for row, method in enumerate(ordered(audits)):
         centre = value(audits[method], "primary", key, "difference")
         if np.isfinite(centre):
-            _mark(axes, centre, row, dig(audits[method], "verdict"), xerr=_reach(audits[method], key))
+            mark(axes, centre, row, dig(audits[method], "verdict"), xerr=_reach(audits[method], key))
             reach = max(reach, abs(centre))
         elif method == "retrain":
             floors = [value(audit, "primary", key, "noise_floor") for audit in audits.values()]
-            _mark(axes, 0.0, row, "TARGET", xerr=max(np.nan_to_num(floors)))
+            mark(axes, 0.0, row, "TARGET", xerr=max(np.nan_to_num(floors)))
         else:
             axes.annotate("not measured", (0, row), va="center", ha="center", color=SOFT, fontsize=8)
     if wide and reach > 30 * wide:
@@ -88,7 +91,7 @@ def distance_to_target(audits: Audits) -> Figure:
     _distance_panel(panels[0], audits, "membership", "AUC minus the retrains' AUC")
     _distance_panel(panels[1], audits, "trace", "trace minus the retrains' trace")
     panels[0].set_yticks(range(len(audits)), ordered(audits))
-    _verdict_legend(figure, audits)
+    verdict_legend(figure, audits)
     return figure
 
 
@@ -144,9 +147,9 @@ def cost_against_trace(audits: Audits) -> Figure:
         place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
         axes.annotate("original", (0, traces["original"]), (4, 3), **place)
     for method, cost in costs.items():
-        _mark(axes, cost, traces[method], dig(audits[method], "verdict"), yerr=_reach(audits[method], "trace"))
+        mark(axes, cost, traces[method], dig(audits[method], "verdict"), yerr=_reach(audits[method], "trace"))
     _names_beside(axes, {method: (cost, traces[method]) for method, cost in costs.items()}, {m: m for m in costs})
-    _verdict_legend(figure, audits)
+    verdict_legend(figure, audits)
     return figure
 
 
@@ -241,7 +244,7 @@ def _passes_panel(axes: Axes, audits: Audits, key: str) -> None:
     for method, (x, y) in points.items():
         low, high = bounds(audits[method], "primary", key, "interval")
         ends = np.array([0.0 if low <= 0 <= high else min(abs(low), abs(high)), max(abs(low), abs(high))])
-        _mark(axes, x, y, dig(audits[method], "verdict"), yerr=np.nan_to_num(np.abs(ends - y))[:, None])
+        mark(axes, x, y, dig(audits[method], "verdict"), yerr=np.nan_to_num(np.abs(ends - y))[:, None])
     axes.set_title(f"{key.capitalize()} (shaded: margin {number(wide, 2)})", fontweight="bold")
     axes.set_ylabel("|difference from the retrains|")
     _names_beside(axes, points, {method: _called(method, audits[method]) for method in points})
@@ -260,7 +263,7 @@ def distance_against_passes(audits: Audits, title: str = "") -> Figure:
     _passes_panel(lower, audits, "membership")
     words = "passes over cells ÷ those of an early-stopped retrain\nsteps: no other method is both nearer and cheaper"
     lower.set_xlabel(words)
-    _verdict_legend(figure, audits)
+    verdict_legend(figure, audits)
     return figure
 
 
@@ -308,7 +311,7 @@ def roc_overlay(curves: Mapping[str, tuple[FloatArray, FloatArray]], audits: Aud
         _mean_roc(axes, curves["retrain"], color=INK, linewidth=0.9)
         _mean_roc(axes, curves["original"], color=SOFT, linestyle=DASHES[2], linewidth=1.4)
         _mean_roc(axes, curves[method], color=seen.colour, linewidth=1.8)
-        auc = number(value(audits[method], "attacks", "elbo", PRIMARY_GROUP, "auc"))
+        auc = number(value(audits[method], "attacks", score_of(audits[method]), PRIMARY_GROUP, "auc"))
         axes.set_title(f"{seen.glyph} {method}\nAUC {auc}", fontsize=8, color=seen.colour)
         axes.set(xlim=(0, 1), ylim=(0, 1.01), box_aspect=1, xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     for axes in panels[len(methods) :]:

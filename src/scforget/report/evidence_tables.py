@@ -7,15 +7,26 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
-from scforget.report.tables import DASH, PRIMARY_GROUP, Audit, Audits, bounds, dig, number, ordered, span, value
+from scforget.report.tables import (
+    DASH,
+    PRIMARY_GROUP,
+    SCORES,
+    Audit,
+    Audits,
+    bounds,
+    dig,
+    number,
+    ordered,
+    score_in,
+    score_of,
+    span,
+    value,
+)
 
 Table = dict[str, Any]
 
-#: The attack whose models are shown one by one: the one that decides.
-DECIDING = "elbo"
 #: The controls that the published attacker was trained and scored on.
 PUBLISHED_GROUP = "matched_knn"
-STATISTICS = {"membership": "membership AUC", "mean_elbo": "mean ELBO"}
 
 
 def text(found: object) -> str:
@@ -105,12 +116,14 @@ def _measures(audit: Audit, retrains: float) -> Iterator[tuple[str, str, str, st
     known = span(bounds(lira, "interval")) if measured else reason
     sizes = _counts(value(lira, "n_unlearned"), value(lira, "n_retrained"))
     yield "U-LiRA AUC", number(value(lira, "auc")), known if lira is not None else DASH, sizes
-    for key, name in STATISTICS.items():
+    score = score_of(audit)
+    statistics = {"membership": "membership AUC", f"mean_{score}": f"mean {SCORES[score]}"}
+    for key, name in statistics.items():
         bound = dig(found, "epsilon_bounds", key)
         most = f"could prove at most {number(value(bound, 'ceiling'), 2)}"
         sizes = _counts(value(bound, "n_positives"), value(bound, "n_negatives"))
         yield f"ε at least, from the {name}", number(value(bound, "epsilon"), 2), most, sizes
-    for key, name in STATISTICS.items():
+    for key, name in statistics.items():
         delta = dig(found, "delta_at_epsilon_1", key)
         back = f"the other way round {number(value(delta, 'backward'))}"
         yield f"δ at ε = 1, from the {name}", number(value(delta, "forward")), back, _counts(own, retrains)
@@ -267,9 +280,9 @@ def donors(audits: Audits) -> Table:
 
 def single(audits: Audits) -> Table:
     """Tabulate the AUC of each model with its interval over cells, for the attack and the controls that decide."""
-    rows = []
+    rows, score = [], score_in(audits)
     for method in ordered(audits):
-        found = dig(audits[method], "attacks", DECIDING, PRIMARY_GROUP)
+        found = dig(audits[method], "attacks", score, PRIMARY_GROUP)
         intervals = many(dig(found, "per_seed_intervals"))
         known = zip_longest(many(dig(audits[method], "seeds")), many(dig(found, "per_seed")), intervals)
         rows += [
@@ -277,7 +290,7 @@ def single(audits: Audits) -> Table:
             for seed, auc, ends in known
             if intervals
         ]
-    return {"title": "Single models: ELBO attack against controls of the same group",
+    return {"title": f"Single models: {SCORES[score]} attack against controls of the same group",
             "note": "Intervals are DeLong's, over cells; the AUC of no leak is 0.5.",
             "head": ["method", "seed", "AUC", "interval"], "rows": rows}  # fmt: skip
 

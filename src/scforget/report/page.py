@@ -14,23 +14,26 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from scforget.report import details, evidence_tables, explain
+from scforget.report import classification, details, evidence_tables, explain
 from scforget.report.details import words
 from scforget.report.tables import (
     DASH,
-    DISPLAY_COLUMNS,
+    METRICS,
     REFERENCES,
     Audit,
     Audits,
     bounds,
     dig,
     display,
+    display_columns,
     duration,
     look,
     margin,
     number,
     ordered,
     plain,
+    score_in,
+    score_of,
     span,
     value,
 )
@@ -61,6 +64,19 @@ FIGURES = {
         "What is left, against what it cost",
         "Trace minus the retrains' trace, with its 90 % interval. Dashed: the cost of an early-stopped retrain. "
         "Dotted: where the original stands. Best is inside the shaded margin and far to the left.",
+        True,
+    ),
+    "class_accuracies": (
+        "Accuracies, beside the retrained classifiers'",
+        "Means over models with 95 % intervals. Thin lines: the retrained classifiers. A method that matches them has "
+        "each mark on the line of its kind; forget items that are classified worse than by a retrain show the removal.",
+        True,
+    ),
+    "class_distances": (
+        "LiRA and distances between answers, minus the retrained classifiers'",
+        "Differences with 95 % intervals. 0 is a retrained classifier. LiRA above 0: over-unlearning, forget items "
+        "look stranger than to models that never saw them. Distances are between what a classifier answers on forget "
+        "items and on unseen ones; below 0 they lie nearer to each other than under a retrain.",
         True,
     ),
     "attack_grid": (
@@ -125,7 +141,6 @@ def render(scenarios: Sequence[Mapping[str, Any]], context: Context, sweeps: Seq
     return _template().render(
         scenarios=views,
         overview=_overview(scenarios) if len(views) > 1 else None,
-        columns=DISPLAY_COLUMNS,
         provenance=_provenance(context),
         params=_json(context.get("params")),
         sweeps=list(sweeps),
@@ -161,7 +176,9 @@ def _scenario(scenario: Mapping[str, Any], overall: Context) -> dict[str, Any]:
         "cards": [_card(method, audits) for method in ordered(audits) if method != "retrain"],
         "open": [figure for figure in figures if figure["open"]],
         "closed": [figure for figure in figures if not figure["open"]],
+        "columns": display_columns(score_in(audits)),
         "rows": [] if table is None else _rows(table),
+        "classification": _classification(audits),
         "details": [table for table in details.tables(audits) if table["rows"]],
         # What the whole run says already is not said again.
         "provenance": _provenance({key: context[key] for key in context if context[key] != overall.get(key)}),
@@ -207,17 +224,17 @@ def _card(method: str, audits: Audits) -> dict[str, Any]:
     audit = audits[method]
     seen = look(dig(audit, "verdict"))
     outside = dig(audit, "utility", "outside")
+    metrics = [
+        f"{name} {number(value(outside, metric), digits)}"
+        for metric, (name, digits, _) in METRICS[score_of(audit)].items()
+    ]
     published = {True: "met", False: "not met"}.get(dig(audit, "published_criterion"), DASH)
     facts = [
         ("Membership", _evidence(audit, "membership", 3)),
         ("Trace", _evidence(audit, "trace", 2)),
         ("Strongest attack", _strongest(method, audits)),
         ("Most exposed cells", _exposed(audit)),
-        (
-            "Utility",
-            f"{words(dig(audit, 'utility', 'verdict'))}; marker r {number(value(outside, 'marker_r'))}, "
-            f"ELBO {number(value(outside, 'elbo'), 1)}",
-        ),
+        ("Utility", f"{words(dig(audit, 'utility', 'verdict'))}; {', '.join(metrics)}"),
         ("Cost", _cost(audit)),
         ("Published criterion", published),
     ]
@@ -272,6 +289,19 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
         {"look": look(verdict), "cells": {key: str(text).split("\n") for key, text in row.items()}}
         for row, verdict in zip(shown, table["verdict"], strict=True)
     ]
+
+
+def _classification(audits: Audits) -> dict[str, Any] | None:
+    """Prepare the table of classifiers; None where none was audited."""
+    if not classification.known(audits):
+        return None
+    table = classification.class_table(audits)
+    shown = classification.display(table).to_dict("records")
+    rows = [
+        {"look": look(verdict), "cells": {key: str(text).split("\n") for key, text in row.items()}}
+        for row, verdict in zip(shown, table["verdict"], strict=True)
+    ]
+    return {"columns": classification.COLUMNS, "rows": rows, "note": classification.note(audits)}
 
 
 def _figures(figures: Mapping[str, str | bytes]) -> list[dict[str, Any]]:

@@ -23,6 +23,16 @@ Audits = Mapping[str, Audit]
 DASH = "–"
 REFERENCES = ("original", "retrain")
 PRIMARY_GROUP = "same_group"
+#: Scores that the primary statistics may rest on, as they are written.
+SCORES = {"elbo": "ELBO", "confidence": "confidence"}
+#: Utility metrics of a scenario's table by its score: name, digits and meaning of each.
+METRICS = {
+    "elbo": {
+        "marker_r": ("marker r", 3, "marker-gene correlation, unseen cells outside the group"),
+        "elbo": ("ELBO", 1, "nats per cell, unseen cells outside the group"),
+    },
+    "confidence": {"accuracy": ("accuracy", 3, "share classified rightly, unseen and test items outside the group")},
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,17 @@ def bounds(record: object, *keys: str) -> tuple[float, float]:
     return (high, low) if high < low else (low, high)
 
 
+def score_of(audit: object) -> str:
+    """Name of the score that an audit's primary statistics rest on; the ELBO where it does not say."""
+    found = str(dig(audit, "score"))
+    return found if found in SCORES else "elbo"
+
+
+def score_in(audits: Audits) -> str:
+    """Name of the score of a scenario, in which all methods have one."""
+    return next((score_of(audit) for audit in audits.values() if dig(audit, "score") in SCORES), "elbo")
+
+
 def margin(audits: Audits, key: str) -> float:
     """Return the margin of a primary statistic (``membership`` or ``trace``) in a scenario; 0 when none is known."""
     return max((m for a in audits.values() if (m := value(a, "primary", key, "margin")) > 0), default=0.0)
@@ -170,15 +191,18 @@ def summary(audits: Mapping[str, Audits]) -> dict[str, Any]:
     -------
     dict
         scenario -> method -> ``verdict``, ``attacks`` (id -> AUC, interval and null against ``same_group`` controls),
-        ``primary`` (differences from the retrains), ``utility``, ``cost`` (``passes_ratio`` and ``steps``, which are
-        deterministic, and ``seconds``, which are not and so keep two digits). Keys sorted, floats of 6 significant
-        digits, no NaN.
+        ``primary`` (differences from the retrains), ``utility``, ``classification`` (of classifiers alone), ``cost``
+        (``passes_ratio`` and ``steps``, which are deterministic, and ``seconds``, which are not and so keep two
+        digits). Keys sorted, floats of 6 significant digits, no NaN.
     """
 
     def one(audit: Audit) -> dict[str, Any]:
         attacks = dig(audit, "attacks") or {}
-        cost = dig(audit, "cost")
+        cost, found = dig(audit, "cost"), dig(audit, "classification")
+        kept = {key: plain(dig(found, key)) for key in ("accuracy", "distance", "kaggle")}
+        kept |= {"lira": {key: plain(dig(found, "lira", key)) for key in ("auc", "reading", "tnr")}}
         return {
+            **({"classification": kept} if found is not None else {}),
             "attacks": {
                 str(name): {key: plain(dig(attacks, name, PRIMARY_GROUP, key)) for key in ("auc", "interval", "null")}
                 for name in sorted(attacks)
@@ -202,22 +226,22 @@ def summary(audits: Mapping[str, Audits]) -> dict[str, Any]:
     }
 
 
-def _row(method: str, audit: Audit) -> dict[str, Any]:
-    elbo = dig(audit, "attacks", "elbo", PRIMARY_GROUP)
+def _row(method: str, audit: Audit, score: str) -> dict[str, Any]:
+    attack = dig(audit, "attacks", score, PRIMARY_GROUP)
     primary = dig(audit, "primary")
-    auc_lo, auc_hi = bounds(elbo, "interval")
+    auc_lo, auc_hi = bounds(attack, "interval")
     membership_lo, membership_hi = bounds(primary, "membership", "interval")
     trace_lo, trace_hi = bounds(primary, "trace", "interval")
     return {
         "method": method,
         "failed": len(dig(audit, "failed_seeds") or {}),
-        "auc": value(elbo, "auc"),
+        "auc": value(attack, "auc"),
         "auc_lo": auc_lo,
         "auc_hi": auc_hi,
-        "signed": value(elbo, "signed"),
-        "advantage": value(elbo, "advantage"),
-        "null_mean": value(elbo, "null", "mean"),
-        "null_q95": value(elbo, "null", "q95"),
+        "signed": value(attack, "signed"),
+        "advantage": value(attack, "advantage"),
+        "null_mean": value(attack, "null", "mean"),
+        "null_q95": value(attack, "null", "q95"),
         "membership_difference": value(primary, "membership", "difference"),
         "membership_lo": membership_lo,
         "membership_hi": membership_hi,
@@ -226,8 +250,7 @@ def _row(method: str, audit: Audit) -> dict[str, Any]:
         "trace_hi": trace_hi,
         "verdict": dig(audit, "verdict"),
         "utility": dig(audit, "utility", "verdict"),
-        "marker_r": value(audit, "utility", "outside", "marker_r"),
-        "elbo": value(audit, "utility", "outside", "elbo"),
+        **{metric: value(audit, "utility", "outside", metric) for metric in METRICS[score]},
         "seconds": value(audit, "cost", "seconds"),
         "seconds_ratio": value(audit, "cost", "seconds_ratio"),
         "passes_ratio": value(audit, "cost", "passes_ratio"),
@@ -246,35 +269,44 @@ def scenario_table(audits: Audits) -> pd.DataFrame:
     -------
     DataFrame
         Rows as ``ordered``. AUC, ``signed`` (AUC minus one half) and ``advantage`` with the mean and 95 % point of its
-        null are of the ELBO against ``same_group`` controls; the differences are method minus retrain with their 90 %
-        intervals; ``elbo`` (nats per cell) and ``marker_r`` are of unseen cells outside the forgotten group.
+        null are of the primary score against ``same_group`` controls; the differences are method minus retrain with
+        their 90 % intervals; the utility metrics (:data:`METRICS`) are of unseen cells outside the forgotten group.
     """
     import pandas as pd
 
-    return pd.DataFrame([_row(method, audits[method]) for method in ordered(audits)], columns=list(_row("", {})))
+    score = score_in(audits)
+    rows = [_row(method, audits[method], score) for method in ordered(audits)]
+    return pd.DataFrame(rows, columns=list(_row("", {}, score)))
 
 
-DISPLAY_COLUMNS = {
-    "method": "unlearning method",
-    "AUC": "ELBO attack against controls of the same group, with its interval",
-    "signed": "AUC minus one half; above 0 the forget cells look like members",
-    "advantage": "2·|AUC − ½|; below it the mean and the 95 % point when nothing leaks",
-    "membership − retrain": "AUC minus the retrained models' AUC, with its 90 % interval",
-    "trace − retrain": "trace minus the retrained models' trace, with its 90 % interval",
-    "verdict": "privacy only",
-    "utility": "non-inferiority to the retrain",
-    "marker r": "marker-gene correlation, unseen cells outside the group",
-    "ELBO": "nats per cell, unseen cells outside the group",
-    "time": "wall time of one model",
-    "time ÷ retrain": "as a fraction of an early-stopped retrain",
-    "passes ÷ retrain": "passes over cells, as a fraction of an early-stopped retrain",
-}
+def display_columns(score: str) -> dict[str, str]:
+    """Return the columns of a displayed scenario table, and what each means."""
+    return {
+        "method": "unlearning method",
+        "AUC": f"{SCORES[score]} attack against controls of the same group, with its interval",
+        "signed": "AUC minus one half; above 0 the forget cells look like members",
+        "advantage": "2·|AUC − ½|; below it the mean and the 95 % point when nothing leaks",
+        "membership − retrain": "AUC minus the retrained models' AUC, with its 90 % interval",
+        "trace − retrain": "trace minus the retrained models' trace, with its 90 % interval",
+        "verdict": "privacy only",
+        "utility": "non-inferiority to the retrain",
+        **{name: meaning for name, _, meaning in METRICS[score].values()},
+        "time": "wall time of one model",
+        "time ÷ retrain": "as a fraction of an early-stopped retrain",
+        "passes ÷ retrain": "passes over cells, as a fraction of an early-stopped retrain",
+    }
+
+
+def _score_shown(table: pd.DataFrame) -> str:
+    """Score of the scenario that a table is of, told by its utility metrics."""
+    return next(score for score, metrics in METRICS.items() if set(metrics) <= set(table.columns))
 
 
 def display(table: pd.DataFrame) -> pd.DataFrame:
     r"""Write a scenario table for people: strings, with the interval or null below its value after a ``\n``."""
     import pandas as pd
 
+    score = _score_shown(table)
     rows = [
         {
             "method": f"{row['method']}\n{row['failed']} diverged" if row["failed"] else row["method"],
@@ -287,21 +319,20 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
             + span((row["trace_lo"], row["trace_hi"]), 2),
             "verdict": look(row["verdict"]).words if isinstance(row["verdict"], str) else DASH,
             "utility": row["utility"] if isinstance(row["utility"], str) else DASH,
-            "marker r": number(row["marker_r"]),
-            "ELBO": number(row["elbo"], 1),
+            **{name: number(row[metric], digits) for metric, (name, digits, _) in METRICS[score].items()},
             "time": duration(row["seconds"]),
             "time ÷ retrain": number(row["seconds_ratio"], 2),
             "passes ÷ retrain": number(row["passes_ratio"], 2),
         }
         for row in table.to_dict("records")
     ]
-    return pd.DataFrame(rows, columns=list(DISPLAY_COLUMNS))
+    return pd.DataFrame(rows, columns=list(display_columns(score)))
 
 
 def to_rich(table: pd.DataFrame, title: str = "") -> Table:
     """Lay a scenario table out for a terminal of 120 columns; the verdict is both coloured and worded.
 
-    Related columns share one, on up to three lines, since 13 columns do not fit side by side.
+    Related columns share one, on up to three lines, since so many columns do not fit side by side.
     """
     from rich import box
     from rich.table import Table
@@ -317,7 +348,8 @@ def to_rich(table: pd.DataFrame, title: str = "") -> Table:
     ):
         grid.add_column(header, justify="right", no_wrap=True)
     grid.add_column("verdict", overflow="fold", min_width=14, max_width=16)
-    for header in ("utility\nmarker r\nELBO", "time\n÷ retrain\npasses ÷"):
+    metrics = [name for name, _, _ in METRICS[_score_shown(table)].values()]
+    for header in ("\n".join(["utility", *metrics]), "time\n÷ retrain\npasses ÷"):
         grid.add_column(header, justify="right", no_wrap=True)
     for row, raw in zip(display(table).to_dict("records"), table.to_dict("records"), strict=True):
         advantage, null = row["advantage"].split("\n")
@@ -328,7 +360,7 @@ def to_rich(table: pd.DataFrame, title: str = "") -> Table:
             "membership": row["membership − retrain"].replace(", ", "\n"),
             "trace": row["trace − retrain"].replace(", ", "\n"),
             "verdict": row["verdict"].upper(),
-            "utility": f"{row['utility']}\n{row['marker r']}\n{row['ELBO']}",
+            "utility": "\n".join(row[name] for name in ("utility", *metrics)),
             "cost": f"{row['time']}\n{row['time ÷ retrain']}\n{row['passes ÷ retrain']}",
         }
         style = look(raw["verdict"]).terminal
@@ -337,12 +369,16 @@ def to_rich(table: pd.DataFrame, title: str = "") -> Table:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """Write a scenario table as a GitHub table; names are escaped, so that none can break out of its cell."""
+    """Write a scenario table as a GitHub table."""
+    return markdown(display(table))
+
+
+def markdown(shown: pd.DataFrame) -> str:
+    """Write a table of strings as a GitHub table; names are escaped, so that none can break out of its cell."""
 
     def cell(text: object) -> str:
         return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", " · ")
 
-    shown = display(table)
     lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
     return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
 

@@ -14,6 +14,7 @@ from scforget import artifacts, parallel, seeding
 from scforget.arrays import FloatArray, IntArray
 from scforget.context import Context, open_theory
 from scforget.fisher import Diagonal
+from scforget.models.classifiers import MLP
 from scforget.models.vae import VAE
 from scforget.progress import Progress
 from scforget.results import Record
@@ -145,13 +146,13 @@ def _classified(
     return found, scatter
 
 
-def _net_losses(net: nets.Classifier, inputs: FloatArray, codes: IntArray, cells: IntArray) -> Tensor:
+def _net_losses(net: MLP, inputs: FloatArray, codes: IntArray, cells: IntArray) -> Tensor:
     (batch,) = nets.observed(inputs, codes, cells)  # of cells that are a batch already
     return nets.classifier_losses(net, batch)
 
 
 def _net_diagonals(
-    net: nets.Classifier, inputs: FloatArray, codes: IntArray, sets: tuple[IntArray, IntArray]
+    net: MLP, inputs: FloatArray, codes: IntArray, sets: tuple[IntArray, IntArray]
 ) -> tuple[Record, tuple[Diagonal, Diagonal]]:
     """Exact diagonals by observed labels (empirical Fisher; returned as well) and by the net's own (the true one)."""
 

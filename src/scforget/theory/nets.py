@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from scforget import optimisers, seeding
@@ -23,7 +23,7 @@ from scforget.arrays import FloatArray, IntArray
 from scforget.audit.intervals import clopper_pearson
 from scforget.errors import DataError, EmptyGroupError, NonFiniteError
 from scforget.fisher import Diagonal, mean_squares
-from scforget.models.layers import Dropout
+from scforget.models.classifiers import MLP
 from scforget.models.vae import VAE
 from scforget.settings import Settings
 
@@ -91,43 +91,8 @@ class Labelled(NamedTuple):
     weights: Tensor
 
 
-class Classifier(nn.Module):
-    """Hidden blocks Linear → LayerNorm → ReLU → Dropout, as the VAE's encoder has them, and a Linear to C logits.
-
-    Parameters
-    ----------
-    features
-        F, the width of the input.
-    hidden
-        Widths of the hidden layers; without any it is a linear probe.
-    classes
-        C.
-    dropout
-        Probability in every hidden block, in [0, 1).
-
-    Notes
-    -----
-    The probe from 32 latent means to 14 classes has 462 parameters and the net 2000-512-128-14 has 1,093,262, as P0's.
-    The submodules ``hidden`` and ``output`` are P0's "shared" and "class-specific" parameters.
-    """
-
-    def __init__(self, features: int, hidden: Sequence[int], classes: int, dropout: float) -> None:
-        super().__init__()
-        widths = [features, *hidden]
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.ReLU(), Dropout(dropout)]
-        self.hidden = nn.Sequential(*layers)
-        self.output = nn.Linear(widths[-1], classes)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``[B, F]`` → logits ``[B, C]``."""
-        logits: Tensor = self.output(self.hidden(inputs))
-        return logits
-
-
 def parameter_count(features: int, hidden: Sequence[int], classes: int) -> int:
-    """P of :class:`Classifier`, without building it."""
+    """P of an :class:`MLP`, without building it."""
     widths = [features, *hidden]
     blocks = sum((inputs + 3) * outputs for inputs, outputs in pairwise(widths))  # weights, bias and LayerNorm's two
     return blocks + (widths[-1] + 1) * classes
@@ -189,14 +154,14 @@ def _tensors(inputs: FloatArray, labels: IntArray) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def logits_of(model: Classifier, inputs: FloatArray) -> Tensor:
+def logits_of(model: MLP, inputs: FloatArray) -> Tensor:
     """Logits ``[N, C]`` of cells ``[N, F]``, in eval mode."""
     model.eval()
     parts = torch.as_tensor(inputs, dtype=torch.float32).split(_BATCH)
     return torch.cat([model(part) for part in parts])
 
 
-def accuracy(model: Classifier, inputs: FloatArray, labels: IntArray, level: float) -> dict[str, Any]:
+def accuracy(model: MLP, inputs: FloatArray, labels: IntArray, level: float) -> dict[str, Any]:
     """How well a classifier does on some cells.
 
     Returns
@@ -224,7 +189,7 @@ def accuracy(model: Classifier, inputs: FloatArray, labels: IntArray, level: flo
 def fit_classifier(
     inputs: FloatArray, labels: IntArray, settings: ClassifierSettings, seed: int, *, classes: int,
     held_out: tuple[FloatArray, IntArray], level: float,
-) -> tuple[Classifier, dict[str, Any]]:  # fmt: skip
+) -> tuple[MLP, dict[str, Any]]:  # fmt: skip
     """Train a classifier by Adam on cross-entropy.
 
     Parameters
@@ -242,7 +207,7 @@ def fit_classifier(
 
     Returns
     -------
-    Classifier, dict
+    MLP, dict
         In eval mode; ``parameters`` P, ``epochs`` taken, ``stopped`` (whether the accuracy was reached), and ``train``
         and ``held_out`` as :func:`accuracy` has them.
 
@@ -258,7 +223,7 @@ def fit_classifier(
         raise DataError("class codes", f"{int(codes.min())} to {int(codes.max())}", f"0 to {classes - 1}")
     steps, epochs, stopped = 0, 0, False
     with seeding.scope(seed, "classifier") as order:
-        model = Classifier(cells.shape[1], settings.hidden, classes, settings.dropout)
+        model = MLP(cells.shape[1], settings.hidden, classes, settings.dropout)
         optimiser = optimisers.Adam(model.parameters(), settings.learning_rate, settings.weight_decay)
         while epochs < settings.max_epochs and not stopped:
             model.train()
@@ -283,7 +248,7 @@ def fit_classifier(
     return model.eval(), facts
 
 
-def classifier_losses(model: Classifier, batch: Labelled) -> Tensor:
+def classifier_losses(model: MLP, batch: Labelled) -> Tensor:
     """Each cell's weighted cross-entropy, nats, ``[B]``; what percell and fisher differentiate, in eval mode."""
     return cross_entropy(model(batch.inputs), batch.labels, reduction="none") * batch.weights
 
@@ -303,7 +268,7 @@ def observed(inputs: FloatArray, labels: IntArray, cells: IntArray) -> Iterator[
         yield Labelled(x, y, torch.ones(len(x)))
 
 
-def expected(model: Classifier, inputs: FloatArray, cells: IntArray) -> Iterator[Labelled]:
+def expected(model: MLP, inputs: FloatArray, cells: IntArray) -> Iterator[Labelled]:
     """Yield batches of ``cells``, each with each of the C classes as its label and weight √p(class | cell).
 
     The gradient of √p·ℓ, p held fixed, squares to p·(∂ℓ)²: summed over a cell's C rows that is the expectation over
@@ -317,7 +282,7 @@ def expected(model: Classifier, inputs: FloatArray, cells: IntArray) -> Iterator
             yield Labelled(x, torch.arange(classes).repeat(len(some)), weights)
 
 
-def true_fisher_labels(model: Classifier, inputs: FloatArray, seed: int) -> IntArray:
+def true_fisher_labels(model: MLP, inputs: FloatArray, seed: int) -> IntArray:
     """One label for each cell, drawn from the model's softmax, ``[N]``.
 
     Notes
@@ -331,7 +296,7 @@ def true_fisher_labels(model: Classifier, inputs: FloatArray, seed: int) -> IntA
     return np.minimum((cumulated <= draws).sum(1), cumulated.shape[1] - 1).astype(np.int64)
 
 
-def classifier_fisher(model: Classifier, inputs: FloatArray, labels: IntArray | None, cells: IntArray) -> Diagonal:
+def classifier_fisher(model: MLP, inputs: FloatArray, labels: IntArray | None, cells: IntArray) -> Diagonal:
     """Exact diagonal of a classifier's Fisher information over some cells.
 
     Parameters
