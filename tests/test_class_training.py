@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from methods import class_cases as cases
 from scforget import seeding
+from scforget.artifacts import FileCheckpoint
 from scforget.class_tasks import ClassifierTask
 from scforget.class_training import (
     AdamSettings,
@@ -277,3 +279,32 @@ def test_fit_classifier_reads_only_its_items() -> None:
 def test_fit_classifier_stops_when_the_loss_runs_away() -> None:
     with pytest.raises(NonFiniteError, match="the loss became NaN or infinite at step"):
         train("vectors", optimiser=cases.optimiser(kind="sgd", learning_rate=1e38))
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        {"kind": "adam", "learning_rate": 1e-2, "weight_decay": 0.0},
+        {"kind": "sgd", "learning_rate": 0.05, "momentum": 0.9, "weight_decay": 1e-4},
+    ],
+)
+def test_fit_resumed_from_a_file_gives_the_same_bits_where_weights_lie_channels_last(
+    optimiser: dict[str, Any], tmp_path: Path
+) -> None:
+    """A file holds moments in one layout; a fused step goes by their places in memory."""
+    task, settings = cases.task("images"), ClassTrainingSettings(**cases.recipe(optimiser=optimiser, epochs=4))
+    model = task.new_model(0)
+    assert any(p.ndim == 4 and not p.is_contiguous() for p in model.parameters())
+    whole = fit_classifier(model, task, cases.sets().retain, settings, seed=1).model.state_dict()
+
+    def die(row: dict[str, float]) -> None:
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    checkpoint = FileCheckpoint(tmp_path, every=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        fit_classifier(
+            task.new_model(0), task, cases.sets().retain, settings, seed=1, checkpoint=checkpoint, on_epoch=die
+        )
+    again = fit_classifier(task.new_model(0), task, cases.sets().retain, settings, seed=1, checkpoint=checkpoint)
+    assert all(torch.equal(value, again.model.state_dict()[name]) for name, value in whole.items())

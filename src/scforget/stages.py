@@ -172,8 +172,7 @@ def unlearn(dataset: str, scenario: str, method: str | None = None, family: Fami
     seeds = sorted(int(seed) for seed in made["seeds"])
     failed: ScforgetError | None = None
     for name in methods if method is None else [method]:
-        source = family.methods[name].run.__module__.rpartition(".")[-1]
-        own = context.of_method(name, f"src/scforget/methods/{source}.py")
+        own = context.of_method(name, f"src/scforget/methods/{name}.py")
         try:
             populations.make(populations.Unlearned(own, task, sets, "retain", name), seeds, context.warm_up)
             context.track(own.inputs)

@@ -16,7 +16,7 @@ from scforget import seeding
 from scforget.class_tasks import ClassifierTask
 from scforget.errors import EmptyGroupError, NonFiniteError
 from scforget.methods.adv_neg_grad import AdvNegGradSettings, adv_neg_grad
-from scforget.methods.class_finetune import ClassFinetuneSettings, class_finetune
+from scforget.methods.retain_finetune import ClassFinetuneSettings, class_finetune
 from scforget.training import Trained
 
 Same = Callable[[dict[str, Tensor], dict[str, Tensor]], bool]

@@ -15,7 +15,7 @@ from methods import class_cases as cases
 from scforget import seeding
 from scforget.class_tasks import ClassifierTask
 from scforget.errors import NonFiniteError
-from scforget.methods.class_finetune import ClassFinetuneSettings, class_finetune
+from scforget.methods.retain_finetune import ClassFinetuneSettings, class_finetune
 from scforget.training import Trained
 
 Same = Callable[[dict[str, Tensor], dict[str, Tensor]], bool]

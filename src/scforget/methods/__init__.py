@@ -14,7 +14,6 @@ from scforget.methods import (
     adv_neg_grad,
     bad_teacher,
     cf_k,
-    class_finetune,
     contrastive_finetune,
     contrastive_latent,
     contrastive_latent_published,
@@ -62,7 +61,7 @@ class Method(NamedTuple):
 
 
 CLASSIFIER_METHODS: dict[str, Method] = {
-    "retain_finetune": Method(class_finetune.ClassFinetuneSettings, class_finetune.class_finetune),
+    "retain_finetune": Method(retain_finetune.ClassFinetuneSettings, retain_finetune.class_finetune),
     "random_labels": Method(random_labels.RandomLabelsSettings, random_labels.random_labels),
     "neg_grad": Method(neg_grad.NegGradSettings, neg_grad.neg_grad),
     "adv_neg_grad": Method(adv_neg_grad.AdvNegGradSettings, adv_neg_grad.adv_neg_grad),
