@@ -170,8 +170,29 @@ def kaggle_epsilon(
     return np.array([score(u, r, table) for u, r in cells])
 
 
+def forgetting_points(epsilons: npt.ArrayLike, n_models: int, scorer: Scorer) -> FloatArray:
+    """2/2ⁿ of each cell, n the 1-based bin of width 0.5 that its epsilon falls into; arguments as of the next function.
+
+    Returns
+    -------
+    ``[F]``
+        In [0, 1].
+    """
+    values = np.asarray(epsilons, dtype=np.float64)
+    if values.size < 1 or n_models < 3:
+        raise EmptyGroupError("forgetting quality", f"{values.size} cells, {n_models} models", "1 cell and 3 models")
+    if np.isnan(values).any() or values.min() < 0:
+        raise DataError("epsilons of a forgetting quality", "NaN or a negative number", "numbers from 0")
+    if scorer == "suprun":
+        number = np.digitize(values, np.arange(SUPRUN_BINS) * BIN_WIDTH)
+        return np.asarray(2.0 / 2.0**number)
+    end = np.ceil(np.log(n_models - 1))
+    number = np.floor(values / BIN_WIDTH) + 1
+    return np.where(number * BIN_WIDTH <= end, 2.0 / 2.0**number, 0.0)
+
+
 def forgetting_quality(epsilons: npt.ArrayLike, n_models: int, scorer: Scorer) -> float:
-    """Mean over cells of 2/2ⁿ, n the 1-based bin of width 0.5 that a cell's epsilon falls into.
+    """Mean over cells of :func:`forgetting_points`.
 
     Parameters
     ----------
@@ -188,17 +209,7 @@ def forgetting_quality(epsilons: npt.ArrayLike, n_models: int, scorer: Scorer) -
     float
         In [0, 1], higher = better forgotten; read it beside ``forgetting_ceiling``.
     """
-    values = np.asarray(epsilons, dtype=np.float64)
-    if values.size < 1 or n_models < 3:
-        raise EmptyGroupError("forgetting quality", f"{values.size} cells, {n_models} models", "1 cell and 3 models")
-    if np.isnan(values).any() or values.min() < 0:
-        raise DataError("epsilons of a forgetting quality", "NaN or a negative number", "numbers from 0")
-    if scorer == "suprun":
-        number = np.digitize(values, np.arange(SUPRUN_BINS) * BIN_WIDTH)
-        return float((2.0 / 2.0**number).mean())
-    end = np.ceil(np.log(n_models - 1))
-    number = np.floor(values / BIN_WIDTH) + 1
-    return float(np.where(number * BIN_WIDTH <= end, 2.0 / 2.0**number, 0.0).mean())
+    return float(forgetting_points(epsilons, n_models, scorer).mean())
 
 
 def final_score(quality: float, ra_u: float, ra_r: float, ta_u: float, ta_r: float) -> float:

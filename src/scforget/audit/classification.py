@@ -293,9 +293,10 @@ def kaggle_scores(
     -------
     dict
         By scorer, ``official`` (confidence of the true class, δ 1e-5) and ``suprun`` (cross-entropy against the own
-        answer, δ 0.01): ``models`` on each side, ``epsilon`` (median and largest over items), ``forgetting_quality`` F,
-        ``forgetting_ceiling`` (retrain against retrain at as many models), ``final_score`` F·(RA_U/RA_R)·(TA_U/TA_R);
-        or ``refused`` and why.
+        answer, δ 0.01): ``models`` on each side, ``epsilon`` (median and largest over items), ``forgetting_quality`` F
+        and its ``interval`` (Student-t over items, for these models), ``forgetting_ceiling`` (retrain against retrain
+        at as many models; its spread is over the choice of models), ``final_score`` F·(RA_U/RA_R)·(TA_U/TA_R) and
+        ``final_interval``; or ``refused`` and why.
 
     Notes
     -----
@@ -311,13 +312,17 @@ def kaggle_scores(
         one, two = (_kaggle_outputs(models, forget, scorer)[:n] for models in (own, scene.target))
         try:
             epsilons = kaggle.kaggle_epsilon(one, two, scorer=scorer, delta=kaggle.DELTAS[scorer])
-            quality = kaggle.forgetting_quality(epsilons, n, scorer)
+            points = kaggle.forgetting_points(epsilons, n, scorer)
+            interval = intervals.mean_interval(points, settings.interval_level)
+            quality, per_quality = float(points.mean()), kaggle.final_score(1.0, *ratios)
             found[scorer] = {
                 "models": n,
                 "epsilon": {"median": float(np.median(epsilons)), "max": float(epsilons.max())},
                 "forgetting_quality": quality,
+                "interval": list(interval),
                 "forgetting_ceiling": ceilings[scorer],
-                "final_score": kaggle.final_score(quality, *ratios),
+                "final_score": quality * per_quality,
+                "final_interval": [per_quality * end for end in interval],
             }
         except DataError as error:
             found[scorer] = {"models": n, "refused": str(error)}

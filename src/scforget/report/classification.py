@@ -95,10 +95,12 @@ def _row(method: str, audit: Audit) -> dict[str, Any]:
     for scorer in SCORERS:
         scored = dig(found, "kaggle", scorer)
         row[f"f_{scorer}"] = value(scored, "forgetting_quality")
+        row[f"f_{scorer}_lo"], row[f"f_{scorer}_hi"] = bounds(scored, "interval")
         row[f"ceiling_{scorer}"] = value(scored, "forgetting_ceiling")
         if method == "retrain":  # against itself: what a perfect method reaches
             row[f"ceiling_{scorer}"] = value(found, "kaggle", "ceilings", scorer)
         row[f"final_{scorer}"] = value(scored, "final_score")
+        row[f"final_{scorer}_lo"], row[f"final_{scorer}_hi"] = bounds(scored, "final_interval")
     row["u_lira"] = value(audit, "population", "u_lira", "auc")
     row["u_lira_lo"], row["u_lira_hi"] = bounds(audit, "population", "u_lira", "interval")
     row["seconds_ratio"] = value(audit, "cost", "seconds_ratio")
@@ -175,7 +177,7 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
                 number(row["cramer_difference"], 2, sign=True), number(row["cramer_output_difference"], 3, sign=True)
             ),
             **{
-                f"F {scorer}": f"{number(row[f'f_{scorer}'])}\nof {number(row[f'ceiling_{scorer}'])}"
+                f"F {scorer}": f"{_rate(row, f'f_{scorer}')}\nof {number(row[f'ceiling_{scorer}'])}"
                 for scorer in SCORERS
             },
             "final score": "\n".join(number(row[f"final_{scorer}"]) for scorer in SCORERS),
