@@ -13,7 +13,7 @@ import pytest
 from classifying import METHODS, class_project, run_all
 from scforget import artifacts, auditing, closing, families, populations, replay, stages
 from scforget.artifacts import Workspace
-from scforget.errors import ConfigError, DataError, NonFiniteError, ScforgetError
+from scforget.errors import ConfigError, DataError, NonFiniteError, ScforgetError, TooManyDivergedError
 from scforget.families import CLASSIFIERS, VAES
 from scforget.pipeline import Item, Pipeline
 from spoiling import both, put, stages_in
@@ -185,13 +185,13 @@ def test_replay_has_a_run_for_every_population_and_every_judgement(finished: Pat
             assert all(run.tags["dvc.stage"] == item.name for run in runs)
             names += [run.name for run in runs]
     assert "comparison tiny_classifier some" in names
-    assert names.count("ungan some audit") == len(DATASETS)
+    assert names.count("ungan some audit of classifier") == len(DATASETS)
 
 
 def test_replay_gives_the_numbers_of_the_papers_as_metrics(finished: Path):
     pipeline = Pipeline(finished)
     inputs = pipeline.inputs(Item("audit_classifier", ("people", "some")))
-    run = next(run for run in replay.runs(Workspace(finished), inputs) if run.name == "ungan some audit")
+    run = next(run for run in replay.runs(Workspace(finished), inputs) if run.name.startswith("ungan some audit"))
     assert {"audit/confidence/auc", "utility/accuracy"} <= set(run.metrics)
     assert any(key.startswith("classification/accuracy") for key in run.metrics)
     assert run.params["method"] == "ungan"
@@ -245,3 +245,32 @@ def test_bad_input_ends_in_one_clear_line(
         make()
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sole_forgotten_item_that_batch_norm_cannot_take_is_told_as_a_failure(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise ValueError("Expected more than 1 value per channel when training, got input size torch.Size([1, 4])")
+
+    monkeypatch.setitem(
+        families.CLASSIFIERS.methods, "ungan", families.CLASSIFIERS.methods["ungan"]._replace(run=refused)
+    )
+    shutil.rmtree(project / "work" / ".resume")
+    with stages_in(project), pytest.raises(TooManyDivergedError, match="a batch of one item"):
+        stages.unlearn("people", "some", None, CLASSIFIERS)
+    for method in ("retain_finetune", "ssd"):  # the others are made all the same
+        assert len(models(project, "unlearn_classifier", "people", "some", method)) == 2
+
+
+def test_what_is_left_out_of_the_images_is_counted(finished: Path):
+    record = artifacts.read_json(Workspace(finished).results("prepare_classifier", "people") / "result.json")
+    assert (record["repeats"], record["disputed"]) == (0, 0)
+
+
+def test_replay_tells_the_families_runs_and_params_apart(finished: Path):
+    workspace, pipeline = Workspace(finished), Pipeline(finished)
+    (run,) = replay.runs(workspace, pipeline.inputs(Item("prepare_classifier", ("tiny",))))
+    assert run.params["split.fractions.test"] == 0.1
+    names = {run.name for run in replay.runs(workspace, pipeline.inputs(Item("audit_classifier", ("tiny", "some"))))}
+    assert "ssd some audit of classifier" in names

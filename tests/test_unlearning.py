@@ -12,7 +12,7 @@ from scforget import context, stages
 from scforget.artifacts import Workspace
 from scforget.errors import ConfigError, NonFiniteError, TooManyDivergedError
 from scforget.methods import METHODS
-from scforget.pipeline import Inputs
+from scforget.pipeline import Inputs, dvc_md5
 from spoiling import put, stages_in, tiny_project
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +71,13 @@ def test_unlearn_makes_and_tracks_every_method_in_the_order_of_the_pipeline(
     stages.unlearn("tiny", "half")
     assert tracked == NAMES
     assert all(len(left(project, name)) == 2 + 2 for name in NAMES)  # two models, record and curves
+
+
+def test_a_method_depends_on_the_siblings_that_it_imports_and_on_no_other(trained: Path) -> None:
+    found = context.sources(trained, "gisa")
+    assert {Path(path).stem for path in found} == {"gisa", "adv_neg_grad"}
+    assert {Path(path).stem for path in context.sources(trained, "ssd")} == {"ssd"}
+    assert all(digest == dvc_md5(trained / path) for path, digest in found.items())
 
 
 def test_unlearn_of_one_method_makes_what_the_whole_stage_makes_of_it(project: Workspace, tracked: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,9 @@ from scforget.errors import ConfigError, TrackingError
 from scforget.methods import METHODS
 from scforget.pipeline import THEORY, Inputs, Item, Pipeline, dvc_md5
 from scforget.tracking import Store
+
+_METHODS = "src/scforget/methods"
+_SIBLING = re.compile(r"^from scforget\.methods\.(\w+) import", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,12 @@ class Context:
         """Folder of the outs of an item of the theory pipeline."""
         return self.workspace.theory(self.item.stage, *self.item.keys)
 
-    def of_method(self, method: str, own: str) -> Context:
-        """One method's part of an item that treats them all; ``own`` is its part of a folder the item depends on."""
-        inputs = self.inputs.of_method(method, {own: dvc_md5(self.workspace.root / own)})
+    def of_method(self, method: str) -> Context:
+        """One method's part of an item that treats them all: of the folder of methods it depends on its own file.
+
+        And on those of its siblings that the file imports.
+        """
+        inputs = self.inputs.of_method(method, sources(self.workspace.root, method))
         return replace(self, inputs=inputs)
 
     @cached_property
@@ -82,6 +89,18 @@ class Context:
             if "DVC_STAGE" not in os.environ:
                 raise
             tracking.say(error)
+
+
+def sources(root: Path, method: str) -> dict[str, str]:
+    """Hash of a method's file, and of each file beside it that it imports, by its path in the project."""
+    found: dict[str, str] = {}
+    waiting = [method]
+    while waiting:
+        path = f"{_METHODS}/{waiting.pop()}.py"
+        if path not in found:
+            found[path] = dvc_md5(root / path)
+            waiting += _SIBLING.findall((root / path).read_text(encoding="utf-8"))
+    return found
 
 
 def open_item(stage: str, *keys: str) -> Context:

@@ -118,6 +118,10 @@ class Population:
                 _check_finite(trained)
             except NonFiniteError as error:
                 return folder, str(error)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                return folder, "a batch of one item, of which BatchNorm has nothing to normalise; forget two or more"
             self._finish(seed, trained, checkpoint.seconds)
         return folder, dict(artifacts.read_json(record_path))
 
@@ -199,9 +203,10 @@ class Shadows(Population):
         """Make some models side by side, or find them; where one diverges, each alone."""
         folders = [self.context.workspace.resume(self.fingerprint(seed)) for seed in seeds]
         missing = [not _is_finished(folder / "record.json", folder / "model.safetensors") for folder in folders]
-        if len(seeds) > 1 and any(missing):
+        common = folders[0].with_name(f"{folders[0].name}-together")  # apart from the checkpoint of the first alone
+        if len(seeds) > 1 and any(missing) and not (common / "diverged").exists():
             # all of them, so that a killed run's models are those of one that was not killed
-            checkpoint = FileCheckpoint(folders[0])
+            checkpoint = FileCheckpoint(common)
             own = [self.context.seed(seed) for seed in seeds]
             try:
                 made = self.family.fit_together(
@@ -210,11 +215,12 @@ class Shadows(Population):
                 )  # fmt: skip
                 for trained in made:
                     _check_finite(trained)
-            except NonFiniteError:
-                (folders[0] / "checkpoint.safetensors").unlink(missing_ok=True)
+            except NonFiniteError as error:
+                artifacts.write_bytes(common / "diverged", str(error).encode())
             else:
                 for seed, trained in zip(seeds, made, strict=True):
                     self._finish(seed, trained, checkpoint.seconds / len(seeds))
+            (common / "checkpoint.safetensors").unlink(missing_ok=True)
         return super().make_group(seeds)
 
 

@@ -51,7 +51,8 @@ def tags(item: Item, **more: object) -> dict[str, str]:
 def _params(inputs: Inputs) -> dict[str, object]:
     """Flattened params without the names of data set and method, so that runs line up in one column."""
     first, last = inputs.item.keys[0], inputs.item.keys[-1]
-    names = f"datasets.{first}.", f"classifiers.{first}.", f"unlearn.{last}.", f"unlearn{_SUFFIX}.{last}."
+    own, suffix = ("classifiers", _SUFFIX) if _suffix(inputs.item.stage) else ("datasets", "")
+    names = f"{own}.{first}.", f"unlearn{suffix}.{last}."
     found: dict[str, object] = {}
     for key, value in flatten(inputs.params).items():
         known = next((name for name in names if key.startswith(name)), "")
@@ -79,8 +80,9 @@ def _audited(workspace: Workspace, inputs: Inputs, item: Item, method: str, reco
             measures.seed_metrics(record, index))
         for index, seed in enumerate(record["seeds"])
     )  # fmt: skip
+    of_whom = suffix.replace("_", " of ")
     return Run(
-        f"{method} {scenario} audit", fingerprint, {**common, **measures.words(record), "kind": "comparison"},
+        f"{method} {scenario} audit{of_whom}", fingerprint, {**common, **measures.words(record), "kind": "comparison"},
         {"method": method, "scenario": scenario, **_params(inputs)},  # axes of the parallel-coordinates chart
         measures.audit_metrics(record), artifacts=_audit_artifacts(workspace, inputs.item, method),
         tables=_cell_tables(workspace.results(inputs.item.stage, *inputs.item.keys), record),

@@ -83,21 +83,22 @@ def split(dataset: str) -> None:
     context.track()
 
 
-def _items(context: Context, dataset: str) -> items.Items:
-    """Read what a classifier learns from, each image once."""
+def _items(context: Context, dataset: str) -> tuple[items.Items, dict[str, int]]:
+    """Read what a classifier learns from, each image once; with how many images were left out."""
     raw, params = context.workspace.raw(dataset), context.params
     if params.classifiers[dataset].items.kind == "images":
-        return items.from_images(images.without_duplicates(images.read(raw))[0])
+        unique = images.without_duplicates(images.read(raw))
+        return items.from_images(unique.images), {"repeats": unique.repeats, "disputed": unique.disputed}
     settings = params.datasets[dataset].prepare
     cells, _ = preparing.prepare(sources.read(raw, layer=settings.layer), settings, seed=context.seed())
-    return items.from_cells(cells)
+    return items.from_cells(cells), {}
 
 
 def prepare_classifier(dataset: str) -> None:
     """Read labelled cells or images, deal them into sets, draw every scenario."""
     context = open_item("prepare_classifier", dataset)
     settings = context.params.classifiers[dataset]
-    found = _items(context, dataset)
+    found, left_out = _items(context, dataset)
     dealt = class_splits.split_items(
         found.obs, found.test, settings.split, seeding.numpy_generator(context.seed("items"))
     )
@@ -110,7 +111,12 @@ def prepare_classifier(dataset: str) -> None:
     artifacts.write_arrays(context.work / "sets.npz", vars(dealt.sets))
     _write_scenarios(context, scenarios)
     sizes = {name: len(members) for name, members in {**vars(dealt.sets), "test": dealt.test}.items()}
-    summary = {"items": len(found.labels), "classes": len(found.classes), "shape": list(found.inputs.shape[1:])}
+    summary = {
+        **left_out,
+        "items": len(found.labels),
+        "classes": len(found.classes),
+        "shape": list(found.inputs.shape[1:]),
+    }
     counts = {name: _sizes(scenario) for name, scenario in scenarios.items()}
     artifacts.write_json(context.results / "result.json", {**summary, "sets": sizes, "scenarios": counts})
     context.track()
@@ -172,7 +178,7 @@ def unlearn(dataset: str, scenario: str, method: str | None = None, family: Fami
     seeds = sorted(int(seed) for seed in made["seeds"])
     failed: ScforgetError | None = None
     for name in methods if method is None else [method]:
-        own = context.of_method(name, f"src/scforget/methods/{name}.py")
+        own = context.of_method(name)
         try:
             populations.make(populations.Unlearned(own, task, sets, "retain", name), seeds, context.warm_up)
             context.track(own.inputs)

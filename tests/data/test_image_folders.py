@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,11 +60,11 @@ def test_read_takes_train_and_test_folders(tmp_path: Path, put: Put, wrapper: st
 
 
 def test_read_follows_the_table(tmp_path: Path, put: Put) -> None:
-    lines = "identity,file,note,label,split", "p,2.png,x,b,test", ",0.png,x,a,train", "q,1.png,x,b,", "NA,3.png,x,a,"
+    lines = "identity,file,note,label,split", " p,2.png,x,b ,test", ",0.png,x,a,train", "q,1.png,x,b,", "NA,3.png,x,a,"
     found = read(put(tmp_path / "s", FLAT | table(*lines)))
     assert found.names.tolist() == ["0.png", "1.png", "2.png", "3.png"]
     assert found.labels.tolist() == ["a", "b", "b", "a"]
-    assert found.identities.tolist() == ["", "q", "p", "NA"]
+    assert found.identities.tolist() == ["", "q", "p", ""]  # who is not available is nobody
     assert found.test.tolist() == [False, False, True, False]
     np.testing.assert_array_equal(found.inputs, GREY[:, None])
 
@@ -198,3 +199,29 @@ def same(one: Images, other: Images) -> bool:
 
 def test_read_gives_the_same_from_a_folder_and_from_its_zip(tmp_path: Path) -> None:
     assert same(read(lay(tmp_path / "one", PARTS)), read(packed(tmp_path / "two.zip", PARTS)))
+
+
+def test_read_refuses_a_column_that_only_looks_like_one_it_knows(tmp_path: Path, put: Put) -> None:
+    lines = "file,label,Identity", *(f"{i}.png,{'ab'[i % 2]},p" for i in range(4))
+    with pytest.raises(DataError, match="column 'Identity'; wanted 'identity'"):
+        read(put(tmp_path / "s", FLAT | table(*lines)))
+
+
+def test_read_refuses_a_table_that_cannot_be_unpacked(tmp_path: Path) -> None:
+    lines = "file,label", *(f"{i}.png,{'ab'[i % 2]}" for i in range(4))
+    path = zipped(tmp_path / "s", FLAT | table(*lines)) / "set.zip"
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo("metadata.csv")
+    start = entry.header_offset + 30 + len("metadata.csv")
+    path.write_bytes(content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :])
+    with pytest.raises(DataError, match=r"metadata\.csv"):
+        read(path.parent)
+
+
+def test_read_refuses_a_file_that_unpacks_to_more_than_any_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_folders, "_LARGEST", 50)
+    with pytest.raises(DataError, match="ValueError on reading"):
+        read(zipped(tmp_path / "s", CLASSES))

@@ -42,6 +42,11 @@ def test_obs_has_a_donor_where_one_is_known():
     assert known.index.tolist() == ["c1", "c2", "c3"]
 
 
+def test_a_missing_donor_is_nobody_and_not_one_person():
+    found = items.from_cells(cells(donor=["x", "unknown", "x"]))
+    assert found.donors.tolist() == ["x", "", "x"]
+
+
 def test_from_images_keeps_pixels_identities_and_the_makers_test_set():
     found = items.from_images(images(["cat", "dog", "cat"], ["p", "", "p"]))
     assert found.inputs.dtype == np.uint8

@@ -74,7 +74,8 @@ def test_a_tiny_share_is_one_person(obs: pd.DataFrame, apart: CellSets) -> None:
 def test_controls_are_other_people_where_people_are_apart(obs: pd.DataFrame, apart: CellSets) -> None:
     found = draw(obs, apart)
     np.testing.assert_array_equal(found.controls, np.arange(80, 100))  # not those of nobody known
-    np.testing.assert_array_equal(found.group, obs["donor"] != "")
+    donors = obs["donor"].to_numpy()
+    np.testing.assert_array_equal(found.group, np.isin(donors, donors[found.sets.forget]))
 
 
 def test_controls_are_their_own_cells_where_people_are_in_every_set(obs: pd.DataFrame) -> None:
@@ -87,6 +88,14 @@ def test_controls_are_their_own_cells_where_people_are_in_every_set(obs: pd.Data
     assert {int(i) // 5 for i in found.controls} == theirs
     assert {int(i) // 5 for i in found.sets.stop} == set(range(20)) - theirs
     assert {int(i) // 5 for i in np.flatnonzero(found.group)} == theirs
+
+
+def test_the_group_is_of_the_forgotten_people_alone(obs: pd.DataFrame, apart: CellSets) -> None:
+    """By it utility inside and outside is told apart: other people, who may be controls, are outside."""
+    drawn = draw_scenario(obs, apart, PEOPLE, np.random.default_rng(3), 1)
+    donors = obs["donor"].to_numpy()
+    assert set(donors[drawn.group]) == set(donors[drawn.sets.forget])
+    assert not drawn.group[drawn.controls].any()
 
 
 def test_a_sibling_of_people_is_other_people(obs: pd.DataFrame, apart: CellSets) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from scforget.arrays import BoolArray, IntArray
-from scforget.data.splits import CellSets, Fraction, PeopleScenario, Request, ScatteredScenario
+from scforget.data.splits import CellSets, Fraction
 from scforget.errors import DataError, EmptyGroupError
 from scforget.settings import Settings
 
@@ -42,10 +42,9 @@ class ClassFractions(Settings):
 
 
 class Preset(NamedTuple):
-    """A paper's way to deal: its shares, the share of the training items it forgets, by person or not."""
+    """A paper's way to deal: its shares, and whether people are dealt whole."""
 
     fractions: ClassFractions
-    forget: float
     by_identity: bool
 
 
@@ -53,8 +52,8 @@ class Preset(NamedTuple):
 #: in training, validation and test and nothing aside; here four sets are wanted. P3 (UnGAN): 10 % aside ("unseen" in
 #: its words) and the rest halved, one half for the shadow models alone; 5 % of the training images forgotten.
 PRESETS: Mapping[str, Preset] = {
-    "p2": Preset(ClassFractions(train=0.8, aside=0.04, unseen=0.08, test=0.08), forget=0.02, by_identity=True),
-    "p3": Preset(ClassFractions(train=0.45, aside=0.1, unseen=0.45, test="official"), forget=0.05, by_identity=False),
+    "p2": Preset(ClassFractions(train=0.8, aside=0.04, unseen=0.08, test=0.08), by_identity=True),
+    "p3": Preset(ClassFractions(train=0.45, aside=0.1, unseen=0.45, test="official"), by_identity=False),
 }
 
 
@@ -182,11 +181,3 @@ def _deal(items: IntArray, owners: IntArray, shares: list[float], rng: np.random
     part = np.empty(len(counts), dtype=np.int64)
     part[order] = np.searchsorted(cuts, ends - counts[order] / 2, side="right")  # by where most of an owner lies
     return [items[part[which] == number].astype(np.int64) for number in range(len(shares))]
-
-
-def preset_request(preset: Literal["p2", "p3"], train: int) -> Request:
-    """Return the forget request of a paper, for as many training items."""
-    share = PRESETS[preset].forget
-    if PRESETS[preset].by_identity:
-        return PeopleScenario(kind="people", fraction=share)
-    return ScatteredScenario(kind="scattered", cells=max(1, round(share * train)))

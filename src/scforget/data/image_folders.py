@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import zipfile
 import zlib
@@ -24,9 +25,15 @@ from scforget.progress import Progress
 METADATA = "metadata.csv"
 _COLUMNS = ("label", "identity", "split")
 _PARTS = ("train", "test")
+_NOBODY = ("na", "n/a", "nan", "none", "null", "unknown")  # of an identity; a class may be called so
 # Pillow's name of how a picture is stored -> as what it is read.
 _MODES = {"1": "L", "L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 _AT_ONCE = 512
+_LARGEST = 2**28  # bytes of one unpacked file of a zip
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError,
+    NotImplementedError,
+)  # fmt: skip
 
 
 class _Store:
@@ -49,6 +56,8 @@ class _Zip(_Store):
         self.names = sorted(entry.filename for entry in archive.infolist() if not entry.is_dir())
 
     def bytes_of(self, name: str) -> bytes:
+        if (size := self._archive.getinfo(name).file_size) > _LARGEST:
+            raise ValueError(f"{size} bytes unpacked")
         return self._archive.read(name)
 
 
@@ -129,7 +138,12 @@ def _items(store: _Store, beside: Path | None) -> list[_Item]:
             raise DataError(str(beside), f"another one in {store.path.name}", "one of them")
         table = _table(str(beside), beside.read_bytes(), short)
     elif tables:
-        table = _table(f"{what}: {tables[0]}", store.bytes_of(tables[0]), short)
+        try:
+            content = store.bytes_of(tables[0])
+        except _UNREADABLE as error:
+            found = f"{one_line(tables[0])!r}, {type(error).__name__} on reading"
+            raise DataError(what, found, f"a whole {METADATA}") from error
+        table = _table(f"{what}: {tables[0]}", content, short)
     parted = {name.split("/")[0].lower() for name in short} <= set(_PARTS)
     rows = [("", "", "")] * len(short) if table is None else list(table.itertuples(index=False, name=None))
     return [_item(what, place, name, row, parted) for place, name, row in zip(pictures, short, rows, strict=True)]
@@ -176,7 +190,12 @@ def _table(what: str, content: bytes, names: list[str]) -> pd.DataFrame:
         raise DataError(what, f"{one_line(min(missing))!r}, which is not there", "names of pictures beside it")
     if left := set(names) - set(files):
         raise DataError(what, f"no line for {one_line(min(left))!r}", "one line a picture")
+    alike = [str(name) for name in table if str(name).strip().lower() in _COLUMNS and name not in _COLUMNS]
+    if alike:
+        raise DataError(what, f"column {one_line(alike[0])!r}", f"{alike[0].strip().lower()!r}, or another name")
     known = table.set_index(files).reindex(columns=list(_COLUMNS), fill_value="").fillna("")
+    known = known.apply(lambda column: column.str.strip())  # " p" and "p" are one person
+    known["identity"] = known["identity"].mask(known["identity"].str.lower().isin(_NOBODY), "")
     return known.loc[names]
 
 
@@ -214,10 +233,9 @@ def _look(store: _Store, item: _Item) -> tuple[int, int]:
 def _readable(store: _Store, item: _Item) -> Iterator[None]:
     from PIL import Image
 
-    errors = OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError
     try:
         yield
-    except (*errors, NotImplementedError, Image.DecompressionBombError) as error:
+    except (*_UNREADABLE, Image.DecompressionBombError) as error:
         found = f"{one_line(item.name)!r}, {type(error).__name__} on reading"
         raise DataError(str(store.path), found, "whole PNG and JPEG pictures") from error
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _SCALE = 1e4
+_NOBODY = "unknown"  # as prepared cells have it where the donor is missing
 
 
 class ItemsSettings(Settings):
@@ -88,5 +89,6 @@ def from_cells(cells: AnnData) -> Items:
     expression = sparse.csr_matrix(sparse.diags(_SCALE / totals) @ counts).log1p().toarray().astype(np.float32)
     labels = cells.obs["label"].astype(str).to_numpy().astype(np.str_)
     known = cells.obs["donor"].astype(str).to_numpy() if "donor" in cells.obs else np.full(cells.n_obs, "")
+    known = np.where(known == _NOBODY, "", known)  # nobody, not a person of that name
     names = cells.obs_names.to_numpy().astype(np.str_)
     return _items(expression, labels, names, known.astype(np.str_), np.zeros(cells.n_obs, dtype=bool))

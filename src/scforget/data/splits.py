@@ -307,17 +307,17 @@ def draw_scenario(
     retain = np.setdiff1d(sets.train, forget)
     if not len(retain):
         raise EmptyGroupError(what, "a request that selects every training cell", "some to retain; delete the model")
-    theirs = group
+    like = group
     if isinstance(settings, PeopleScenario):
-        theirs = np.asarray(obs["donor"].isin(obs["donor"].iloc[forget]), dtype=bool)
+        group = np.asarray(obs["donor"].isin(obs["donor"].iloc[forget]), dtype=bool)
         # where donors are all in one set, the controls are of other people, who might as well have been drawn
-        group = theirs if theirs[sets.unseen].any() else group
-    controls = _controls(obs["label"].astype(str).to_numpy(dtype=object), forget, sets.unseen, group, rng)
+        like = group if group[sets.unseen].any() else like
+    controls = _controls(obs["label"].astype(str).to_numpy(dtype=object), forget, sets.unseen, like, rng)
     if len(controls) < min_controls:
         wanted = f"at least audit.min_controls = {min_controls} to compare with; a larger unseen share"
         raise EmptyGroupError(what, f"{len(controls)} unseen cells of the same kind", wanted)
     whole = not isinstance(settings, ScatteredScenario | SubsetScenario)
-    stop = sets.stop[~theirs[sets.stop]] if whole else sets.stop
+    stop = sets.stop[~group[sets.stop]] if whole else sets.stop
     if len(sets.stop) and not len(stop):
         raise EmptyGroupError(what, "no stop cell outside the request", "a larger stop share")
     return Scenario(ForgetSets(forget, retain, stop, sets.aside), group, controls)

@@ -91,5 +91,11 @@ def random_labels(
     labels = draw_labels(true, len(task.classes), rng, exclude_true=settings.exclude_true)
     wrong, train = relabelled(task, sets.forget, labels), np.union1d(sets.forget, sets.retain)
     trained = fit_classifier(model, wrong, train, settings, seed=seed, checkpoint=checkpoint, cell_set="train")
+    # counted as one set on the way: an epoch passes each item once
+    share = trained.effort.forward.pop("train", 0) // len(train)
+    trained.effort.backward.pop("train", None)
+    for name, cells in (("forget", sets.forget), ("retain", sets.retain)):
+        if share:
+            trained.effort.count(name, share * len(cells))
     trained.facts = {"labels_kept": float((labels == true).mean())}
     return trained
