@@ -58,9 +58,9 @@ def _view(title: str, condition: str, order: str, columns: tuple[str, ...]) -> s
 _VIEWS = {
     "mlflow.sharedViewState.audits": _view(
         "audited methods", "tags.kind = 'comparison'", "metrics.`audit/membership/difference`",
-        ("tags.`scenario`", "tags.`method`", "tags.`verdict`", "tags.`utility_verdict`",
-         "metrics.`audit/membership/difference`", "metrics.`audit/trace/difference`",
-         "metrics.`audit/worst_attack/auc`", "metrics.`utility/elbo`", "metrics.`utility/marker_r`",
+        ("tags.`stage`", "tags.`dataset`", "tags.`scenario`", "tags.`method`", "tags.`verdict`",
+         "tags.`utility_verdict`", "metrics.`audit/membership/difference`", "metrics.`audit/trace/difference`",
+         "metrics.`audit/worst_attack/auc`", "metrics.`utility/elbo`", "metrics.`utility/marker_r`", "metrics.`utility/accuracy`",
          "metrics.`cost/passes_ratio`", "metrics.`cost/seconds`"),
     ),
     "mlflow.sharedViewState.studies": _view(
