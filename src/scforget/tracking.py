@@ -60,7 +60,8 @@ _VIEWS = {
         "audited methods", "tags.kind = 'comparison'", "metrics.`audit/membership/difference`",
         ("tags.`stage`", "tags.`dataset`", "tags.`scenario`", "tags.`method`", "tags.`verdict`",
          "tags.`utility_verdict`", "metrics.`audit/membership/difference`", "metrics.`audit/trace/difference`",
-         "metrics.`audit/worst_attack/auc`", "metrics.`utility/elbo`", "metrics.`utility/marker_r`", "metrics.`utility/accuracy`",
+         "metrics.`audit/worst_attack/auc`", "metrics.`utility/elbo`", "metrics.`utility/marker_r`",
+         "metrics.`utility/accuracy`",
          "metrics.`cost/passes_ratio`", "metrics.`cost/seconds`"),
     ),
     "mlflow.sharedViewState.studies": _view(
