@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from methods import class_cases as cases
 from scforget.errors import DataError, NonFiniteError
 from scforget.methods.cf_k import CFkSettings, cf_k, frozen
-from scforget.methods.class_finetune import ClassFinetuneSettings, class_finetune
+from scforget.methods.retain_finetune import ClassFinetuneSettings, class_finetune
 from scforget.models.classifiers import Classifier
 from scforget.training import Trained
 
