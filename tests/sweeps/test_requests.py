@@ -90,7 +90,7 @@ def test_request_keeps_its_retrained_models_for_the_next_time(arena, project, mo
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("scforget.populations.fit", fail)
+    monkeypatch.setattr("scforget.families.fit", fail)
     again = Request(arena, "part_dev", "development").retrains
     assert [one.elbo for one in first] == [one.elbo for one in again]
     assert all(one.passes > 0 for one in first)

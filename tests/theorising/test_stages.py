@@ -52,7 +52,7 @@ def test_overlap_stage_repeats_its_bytes_and_trains_nothing_twice(
 ) -> None:
     path = looked / "report" / "theory" / "overlap" / "tiny" / "result.json"
     before = path.read_bytes()
-    monkeypatch.setattr("scforget.populations.fit", lambda *_, **__: pytest.fail("a model was trained again"))
+    monkeypatch.setattr("scforget.families.fit", lambda *_, **__: pytest.fail("a model was trained again"))
     with spoiling.stages_in(looked):
         overlap.overlap_stage("tiny")
     assert path.read_bytes() == before

@@ -260,6 +260,18 @@ def _data_of(file: Path) -> bytes:
     raise shutil.ReadError(f"{file} holds no files")
 
 
+def _extract(tar: tarfile.TarFile, folder: Path) -> None:
+    """Extract files and folders, refusing whatever leads out of the folder."""
+    if hasattr(tarfile, "data_filter"):
+        tar.extractall(folder, filter="data")
+        return
+    for member in tar:  # Python before 3.11.4 has no filter
+        parts = Path(member.name).parts
+        if Path(member.name).is_absolute() or ".." in parts or not (member.isfile() or member.isdir()):
+            raise tarfile.ExtractError(f"{member.name} leads out of the folder, or is no file")
+        tar.extract(member, folder, set_attrs=False)
+
+
 def _unpack(file: Path) -> None:
     """Unpack an archive beside itself, whole or not at all."""
     stem = _stem(file)
@@ -272,9 +284,10 @@ def _unpack(file: Path) -> None:
             shutil.unpack_archive(file, half)
         elif file.suffix == ".deb":
             with tarfile.open(fileobj=io.BytesIO(_data_of(file))) as tar:
-                tar.extractall(half, filter="data")
+                _extract(tar, half)
         else:
-            shutil.unpack_archive(file, half, filter="data")  # refuses paths that lead out of the folder
+            with tarfile.open(file) as tar:
+                _extract(tar, half)
     except (*_UNPACKING, OSError) as error:
         shutil.rmtree(half, ignore_errors=True)
         found = f"{type(error).__name__} on unpacking"
