@@ -69,8 +69,10 @@ def shrink(root: Path) -> None:
     YAML(typ="safe", pure=True).dump(params, root / "params.yaml")
     edit(root, "datasets", value={"tiny": dataset})
     edit(root, "datasets", "tiny", "scenarios", value={"half": {"kind": "subset", "cluster": "0", "fraction": 0.5}})
-    edit(root, "pipeline", value={"datasets": ["tiny"], "scenarios": ["half"], "methods": METHODS})
-    edit(root, "pipeline", "shadow_blocks", value=[0])
+    classifiers = {**params["pipeline"]["classifiers"], "datasets": []}  # no classifiers: no items of theirs
+    plan = {"datasets": ["tiny"], "scenarios": ["half"], "shadow_blocks": [0], "methods": METHODS}
+    edit(root, "classifiers", value={})
+    edit(root, "pipeline", value={**plan, "classifiers": classifiers})
     edit(root, "train", "seeds", value=[0, 1])
     edit(root, "retrain", "seeds", value=[0, 1, 2])
     edit(root, "audit", "bootstrap_draws", value=50)
