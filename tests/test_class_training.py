@@ -68,10 +68,16 @@ def test_class_batches_give_a_last_item_on_its_own_to_the_batch_before(items: in
 
 
 def test_class_batches_let_a_net_with_batchnorm_train_on_any_number_of_items() -> None:
-    task, model = cases.task("images"), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)).train()
+    task, norm = cases.task("images"), nn.BatchNorm1d(64)
+    model = nn.Sequential(nn.Flatten(), norm).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(task.batch(np.arange(1, dtype=np.int64)).inputs)
     for items in range(2, 12):
-        for part in class_batches(np.arange(items, dtype=np.int64), 5, stream()):
-            model(task.batch(part).inputs)  # a single item raises
+        norm.reset_running_stats()
+        parts = list(class_batches(np.arange(items, dtype=np.int64), 5, stream()))
+        seen = [len(model(task.batch(part).inputs)) for part in parts]
+        assert sum(seen) == items
+        assert int(norm.num_batches_tracked) == len(parts)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])

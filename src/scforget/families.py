@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from scforget.arrays import IntArray
 from scforget.artifacts import Workspace
 from scforget.audit import BaseAuditSettings
 from scforget.class_tasks import ClassifierTask
-from scforget.class_training import fit_classifier
+from scforget.class_training import ClassTrainingSettings, fit_classifier
 from scforget.data.splits import CellSets, Scenario, ScenarioSettings
 from scforget.methods import CLASSIFIER_METHODS, METHODS, Method
 from scforget.models.classifiers import Classifier
@@ -29,6 +30,22 @@ from scforget.training import Checkpoint, Trained, fit
 
 #: The stage that reads, deals and keeps a classifier's items.
 ITEMS = "prepare_classifier"
+
+
+@dataclass(frozen=True)
+class Group:
+    """How classifiers are trained side by side: ``size`` of them, by one recipe."""
+
+    size: int
+    settings: ClassTrainingSettings
+
+    def fit(
+        self, task: ClassifierTask, cells: Sequence[IntArray], *,
+        seeds: Sequence[int], checkpoint: Checkpoint, cell_set: str,
+    ) -> list[Trained]:  # fmt: skip
+        """Train new models, each on its own cells."""
+        models = [task.new_model(seed) for seed in seeds]
+        return fit_together(models, task, cells, self.settings, seeds=seeds, checkpoint=checkpoint, cell_set=cell_set)
 
 
 class Family(ABC):
@@ -107,16 +124,9 @@ class Family(ABC):
     ) -> Trained:  # fmt: skip
         """Train a new model by the data set's recipe."""
 
-    def together(self, params: Params, dataset: str) -> int:  # noqa: ARG002
-        """How many shadow models are trained side by side."""
-        return 1
-
-    def fit_together(
-        self, params: Params, dataset: str, task: Any, cells: Sequence[IntArray], *,
-        seeds: Sequence[int], checkpoint: Checkpoint, cell_set: str,
-    ) -> list[Trained]:  # fmt: skip
-        """Train new models side by side, each on its own cells by the data set's recipe."""
-        raise NotImplementedError(self.suffix)
+    def group(self, params: Params, dataset: str) -> Group | None:  # noqa: ARG002
+        """How its shadow models are trained side by side; none: one by one."""
+        return None
 
 
 class _Vaes(Family):
@@ -226,15 +236,9 @@ class _Classifiers(Family):
             task.new_model(seed), task, cells, recipe, seed=seed, checkpoint=checkpoint, cell_set=cell_set
         )
 
-    def together(self, params: Params, dataset: str) -> int:
-        return params.classifiers[dataset].together
-
-    def fit_together(
-        self, params: Params, dataset: str, task: Any, cells: Sequence[IntArray], *,
-        seeds: Sequence[int], checkpoint: Checkpoint, cell_set: str,
-    ) -> list[Trained]:  # fmt: skip
-        recipe, models = params.classifiers[dataset].training, [task.new_model(seed) for seed in seeds]
-        return fit_together(models, task, cells, recipe, seeds=seeds, checkpoint=checkpoint, cell_set=cell_set)
+    def group(self, params: Params, dataset: str) -> Group | None:
+        settings = params.classifiers[dataset]
+        return Group(settings.together, settings.training)
 
 
 VAES: Family = _Vaes()

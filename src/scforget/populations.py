@@ -24,7 +24,7 @@ from scforget.artifacts import FileCheckpoint
 from scforget.context import Context
 from scforget.data.splits import ForgetSets
 from scforget.errors import NonFiniteError, TooManyDivergedError
-from scforget.families import Family
+from scforget.families import Family, Group
 from scforget.pipeline import dvc_md5
 from scforget.progress import Progress
 from scforget.results import Record
@@ -139,9 +139,9 @@ class Population:
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     @property
-    def together(self) -> int:
-        """How many models one process makes side by side."""
-        return 1
+    def group(self) -> Group | None:
+        """How one process makes several models side by side; none: one by one."""
+        return None
 
     def make_group(self, seeds: Sequence[int]) -> list[tuple[Path, Record | str]]:
         """Make some models one after the other, or find them."""
@@ -195,24 +195,22 @@ class Shadows(Population):
         return self.sets.retain[self.members[seed]]
 
     @property
-    def together(self) -> int:
+    def group(self) -> Group | None:
         """As the classifiers of the data set say; VAEs are made one by one."""
-        return self.family.together(self.context.params, self.context.item.keys[0])
+        return self.family.group(self.context.params, self.context.item.keys[0])
 
     def make_group(self, seeds: Sequence[int]) -> list[tuple[Path, Record | str]]:
         """Make some models side by side, or find them; where one diverges, each alone."""
         folders = [self.context.workspace.resume(self.fingerprint(seed)) for seed in seeds]
         missing = [not _is_finished(folder / "record.json", folder / "model.safetensors") for folder in folders]
         common = folders[0].with_name(f"{folders[0].name}-together")  # apart from the checkpoint of the first alone
-        if len(seeds) > 1 and any(missing) and not (common / "diverged").exists():
+        if self.group and len(seeds) > 1 and any(missing) and not (common / "diverged").exists():
             # all of them, so that a killed run's models are those of one that was not killed
             checkpoint = FileCheckpoint(common)
             own = [self.context.seed(seed) for seed in seeds]
             try:
-                made = self.family.fit_together(
-                    self.context.params, self.context.item.keys[0], self.task, [self.cells(seed) for seed in seeds],
-                    seeds=own, checkpoint=checkpoint, cell_set=self.cell_set,
-                )  # fmt: skip
+                cells = [self.cells(seed) for seed in seeds]
+                made = self.group.fit(self.task, cells, seeds=own, checkpoint=checkpoint, cell_set=self.cell_set)
                 for trained in made:
                     _check_finite(trained)
             except NonFiniteError as error:
@@ -232,7 +230,7 @@ def make(population: Population, seeds: Sequence[int], meanwhile: Callable[[], N
     """
     context = population.context
     meanwhile = meanwhile or context.warm_up
-    size = population.together
+    size = population.group.size if population.group else 1
     groups = [list(seeds[start : start + size]) for start in range(0, len(seeds), size)]
     with Progress(context.item.name, len(groups), "models" if size == 1 else f"groups of {size} models") as progress:
         found = parallel.each(population.make_group, groups, progress.advance, meanwhile)

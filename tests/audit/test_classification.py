@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -290,9 +290,11 @@ def test_class_record_refuses_shadow_models_of_other_items() -> None:
         class_record(population(9, 3, remembered=1), around, target(), SETTINGS, SEED)
 
 
-def test_class_record_is_json() -> None:
+def test_class_record_is_json(tmp_path: Path) -> None:
     record = class_record(population(9, 3, remembered=1), scene(), target(), SETTINGS, SEED)
-    json.dumps(artifacts._plain(record), allow_nan=False)
+    artifacts.write_json(tmp_path / "record.json", record)  # refuses NaN and infinity
+    assert artifacts.read_json(tmp_path / "record.json") == artifacts._plain(record)
+    assert set(record) >= {"lira", "kaggle"}
 
 
 # the audit around it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import abstractmethod
 from typing import Annotated
 
 import numpy as np
@@ -57,9 +58,9 @@ class ScrubBase(Settings):
     rewind: bool
     neighbours: Annotated[int, Field(gt=0)]
 
+    @abstractmethod
     def new_optimiser(self, model: nn.Module) -> Optimizer:
         """Return the one optimiser of both kinds of passes."""
-        raise NotImplementedError
 
 
 class ScrubSettings(ScrubBase):
