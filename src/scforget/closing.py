@@ -28,6 +28,7 @@ from scforget.report.sweeps import displayed, sweep_table
 from scforget.results import Record
 from scforget.tracking import Store
 
+_FAMILIES = (families.VAES, families.CLASSIFIERS)
 _LIBRARIES = ("scforget", "torch", "scanpy", "anndata", "numpy", "scipy", "mlflow", "dvc")
 
 
@@ -89,7 +90,7 @@ def _places(params: schema.Params) -> list[Place]:
     """Every request of the pipeline, those to VAEs first."""
     return [
         Place(family, dataset, scenario)
-        for family in (families.VAES, families.CLASSIFIERS)
+        for family in _FAMILIES
         for dataset in family.plan(params).datasets
         for scenario in family.plan(params).scenarios
     ]
@@ -123,6 +124,16 @@ def _scenario(
     return {"context": context, "audits": audits, "figures": shown, "table": table}
 
 
+def _seeds(params: schema.Params) -> dict[str, Any]:
+    """Seeds of the models that are judged and of those they are judged against."""
+    return {
+        f"{name}{family.suffix.replace('_', ' of ')}": family.seeds(params, stage)
+        for family in _FAMILIES
+        if family.plan(params).datasets
+        for name, stage in (("originals", "train"), ("retrains", "retrain"))
+    }
+
+
 def _provenance(workspace: Workspace, pipeline: Pipeline, params: schema.Params) -> dict[str, Any]:
     """What the results were made from and on. No commit: one made after the run would be the wrong one to name."""
     data = {
@@ -130,12 +141,13 @@ def _provenance(workspace: Workspace, pipeline: Pipeline, params: schema.Params)
         for item, inputs in pipeline.recorded().items()
         if item.stage.startswith("prepare")
     }
-    machines = [artifacts.read_json(path)["machine"] for path in workspace.results("train").glob("*/cost.json")]
+    costs = [path for family in _FAMILIES for path in workspace.results(family.stage("train")).glob("*/cost.json")]
+    machines = [artifacts.read_json(path)["machine"] for path in costs]
     return {
         "command": "dvc repro",
         "data_md5": data,
         "params": params.model_dump(mode="json"),
-        "seeds": {"global": params.seed, "originals": params.train.seeds, "retrains": params.retrain.seeds},
+        "seeds": {"global": params.seed, **_seeds(params)},
         "hardware": machines[0] if machines else None,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
     }
@@ -225,8 +237,8 @@ def explain(dataset: str, scenario: str, family: Family = families.VAES) -> None
         raise ConfigError(root / "params.yaml", family.methods_key.rpartition(".")[0], why)
     audits, request = place.audits(workspace, params), place.request(params)
     wanted = ", ".join(f"{key} {value}" for key, value in request.model_dump().items())
-    cells = audits["original"]["groups"]["forget"]
-    print(saying.explain(audits, f"{dataset} / {scenario}: forget {cells} cells ({wanted})"))
+    size = audits["original"]["groups"]["forget"]
+    print(saying.explain(audits, f"{dataset} / {scenario}: forget {size} {tables.items(audits)} ({wanted})"))
 
 
 def show() -> None:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+#: What a score is, on an axis.
+_AXES = {"elbo": "ELBO at z = μ (nats per cell)", "confidence": "confidence φ (logit of the probability of the label)"}
+
+
 def _scores(workspace: Workspace, dataset: str, scenario: str, method: str, suffix: str) -> tuple[Arrays, Arrays]:
     """Arrays of the ``reference`` stage, and those that hold the method's scores."""
     reference = read_arrays(workspace.results(f"reference{suffix}", dataset, scenario) / "scores.npz")
@@ -75,7 +79,7 @@ def audited(workspace: Workspace, dataset: str, scenario: str, method: str, suff
     title = f"{scenario}, {method}"
     return {
         "roc": figures.roc({name: of(name) for name in names}, title),
-        "score_histograms": figures.score_histograms(*of(method), of("retrain")[0], title=title),
+        "score_histograms": figures.score_histograms(*of(method), of("retrain")[0], title=title, label=_AXES[score]),
         **_cells(workspace.results(f"audit{suffix}", dataset, scenario, method), method, title),
     }
 

@@ -181,7 +181,7 @@ def test_dissent_is_voiced_where_an_attack_finds_cells_that_are_called_forgotten
     worst = {"name": "likelihood_ratio", "auc": 0.632, "p_adjusted": p}
     audits["partial_reset"].update(verdict=verdict, worst_attack={"worst": worst})
     expected = (
-        "One attack disagrees: likelihood_ratio still finds these cells (AUC 0.632, p = 0.0060). The verdict holds "
+        "One attack disagrees: likelihood_ratio still finds them (AUC 0.632, p = 0.0060). The verdict holds "
         "means against margins; single cells show more."
     )
     assert dissent(audits["partial_reset"]) == (expected if says else None)

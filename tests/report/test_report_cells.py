@@ -54,7 +54,7 @@ def test_cell_scores_shades_what_a_retrain_shows_and_counts_what_is_above():
     assert [box.y0, box.y1] == pytest.approx(list(BAND))
     above = int((data["z"] > BAND[1]).sum())
     assert 0 < above < 40
-    assert axes.get_title(loc="left").startswith(f"{above} of 40 cells above")
+    assert axes.get_title(loc="left").startswith(f"{above} of 40 above")
     bare = cells.cell_scores(data, (np.nan, np.nan)).axes[0]
     assert not bare.patches
     assert not bare.get_title(loc="left")
@@ -80,7 +80,7 @@ def test_cell_scores_gives_each_common_kind_a_row_and_a_colour_and_the_rest_one(
 def test_cell_scores_names_a_single_kind_on_the_axis_and_cells_without_one_too():
     figure = cells.cell_scores(table(5, ["a$b$"]), BAND)
     assert len(figure.axes) == 1
-    assert "forget cells (a$b$)" in figure.axes[0].get_xlabel()
+    assert "forget set (a$b$)" in figure.axes[0].get_xlabel()
     data = table(5).assign(label=[np.nan, "NK", np.nan, np.nan, "NK"])
     rows = cells.cell_scores(data, BAND).axes[1]
     assert [label.get_text() for label in rows.get_yticklabels()] == ["no label (3)", "NK (2)"]

@@ -159,8 +159,8 @@ def test_render_shows_the_evidence_with_its_notes_and_the_picture_of_cells(known
                 "figures": {"umap_ssd": b"u", "cell_scores_ssd": b"c", "score_histograms_ssd": b"s"}}  # fmt: skip
     html = page.render([scenario], context)
     summaries = re.findall(r"<summary>(.*?)</summary>", html)
-    assert summaries[:3] == ["Scores of the forget cells: ssd", "Which cells remain exposed: ssd",
-                             "Where the cells lie: ssd"]  # fmt: skip
+    assert summaries[:3] == ["Scores of the forget set: ssd", "What remains exposed: ssd",
+                             "Where the data lie: ssd"]  # fmt: skip
     for table in evidence_tables.tables(known):
         assert html.count(f'<summary>{table["title"]}</summary>\n<p class="caption">') == 1
     assert "&lt;b&gt;NK&lt;/b&gt;" in html

@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ET
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ def draw(audits, scores, history):
     everything = {
         "training_curves": lambda: figures.training_curves(history, "x < y & $z$"),
         "roc": lambda: figures.roc({"original": (members, controls), "a<b": (members[:, :9], controls)}, "t"),
-        "score_histograms": lambda: figures.score_histograms(members, controls, retrain, title="t"),
+        "score_histograms": lambda: figures.score_histograms(members, controls, retrain, title="t", label="a score"),
         "umap": lambda: figures.umap(xy, labels, labels == "NK <56>", "t & u"),
         "distance_to_target": lambda: comparisons.distance_to_target(audits),
         "cost_against_trace": lambda: comparisons.cost_against_trace(audits),
@@ -152,11 +153,11 @@ def test_roc_refuses_scores_that_do_not_belong_together(pair):
 def test_score_histograms_drop_cells_without_score_and_say_how_many(scores):
     members, controls, retrain = scores
     members[2, 4] = np.nan
-    figure = figures.score_histograms(members, controls, retrain)
+    figure = figures.score_histograms(members, controls, retrain, label="a score")
     assert [axes.get_ylabel().split("\n")[1] for axes in figure.axes] == [
-        "13 cells × 5 models",
-        "17 cells × 5 models",
-        "14 cells × 8 models",
+        "13 × 5 models",
+        "17 × 5 models",
+        "14 × 8 models",
     ]
     assert figure.axes[0].lines[0].get_xdata()[0] == np.median(np.delete(members, 4, axis=1))
     assert len(figure.axes[2].lines[1].get_xdata()) == 14
@@ -164,29 +165,42 @@ def test_score_histograms_drop_cells_without_score_and_say_how_many(scores):
 
 def test_score_histograms_refuse_an_empty_group(scores):
     with pytest.raises(EmptyGroupError, match="histogram"):
-        figures.score_histograms(scores[0], [np.nan], scores[2])
+        figures.score_histograms(scores[0], [np.nan], scores[2], label="")
 
 
 def test_training_curves_average_seeds_and_miss_what_is_missing(history):
+    assert [axes.get_ylabel() for axes in figures.training_curves(history, "t").axes] == list(figures.CURVES)[:2]
     figure = figures.training_curves(history.drop(columns="kl"), "t")
-    left, right = figure.axes
+    (left,) = figure.axes
     mean = next(line for line in left.lines if line.get_label().startswith("stop"))
     assert mean.get_ydata() == pytest.approx(history.groupby("epoch")["stop_elbo"].mean().to_numpy())
     assert len(left.lines) == 2 * (3 + 1)
-    assert not right.lines
     history["stop_elbo"] = np.nan
     assert len(figures.training_curves(history, "t").axes[0].lines) == 4
 
 
+def test_training_curves_of_a_classifier_are_its_loss_and_accuracy():
+    rows = [{"seed": seed, "epoch": e, "train_loss": 1 / e, "train_accuracy": e / 9} for seed in (0, 1) for e in (1, 2)]
+    loss, accuracy = figures.training_curves(pd.DataFrame(rows), "t").axes
+    assert [axes.get_ylabel() for axes in (loss, accuracy)] == ["loss", "accuracy"]
+    assert loss.lines[-1].get_ydata().tolist() == [1, 0.5]
+
+
+def test_training_curves_share_an_axis_where_no_column_has_one_of_its_own():
+    rows = [{"seed": 0, "epoch": e, "noise": 2 * e, "other": 1, "empty": np.nan} for e in (1, 2)]
+    (axes,) = figures.training_curves(pd.DataFrame(rows), "t").axes
+    assert [line.get_label() for line in axes.lines[1::2]] == ["noise", "other"]
+
+
 def test_training_curves_refuse_an_empty_history(history):
-    for bad in (history.iloc[:0], history.drop(columns="seed")):
+    for bad in (history.iloc[:0], history.drop(columns="seed"), history[["seed", "epoch"]]):
         with pytest.raises(DataError, match="training history"):
             figures.training_curves(bad, "t")
 
 
 def test_umap_marks_the_forget_cells_and_names_the_groups(draw):
     figure = draw["umap"]()
-    marked = next(c for c in figure.axes[0].collections if c.get_label() == "forget cells")
+    marked = next(c for c in figure.axes[0].collections if c.get_label() == "forget set")
     assert len(marked.get_offsets()) == 40
     assert {"T & B", "NK <56>", "a$b$"} <= set(texts(figure))
     assert not any(text.get_parse_math() for text in figure.findobj(mpl.text.Text) if "$" in text.get_text())

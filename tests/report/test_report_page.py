@@ -79,7 +79,7 @@ def test_render_embeds_pictures_in_the_order_of_the_page(scenario, context):
     assert kinds == ["data:image/svg+xml", "data:image/png", "data:image/svg+xml", "data:image/svg+xml"]
     bodies = [base64.b64decode(image["src"].split(",")[1]) for image in images]
     assert bodies == [b"<svg>d</svg>", b"\x89PNG 1", b"<svg><!-- t --></svg>", b"<svg/>"]
-    assert images[1]["alt"].startswith("Where the cells lie: ssd")
+    assert images[1]["alt"].startswith("Where the data lie: ssd")
     assert images[3]["alt"].startswith("own <idea>")
 
 
@@ -89,8 +89,8 @@ def test_render_keeps_pictures_of_a_kind_in_the_given_order(scenario, context):
     assert summaries[:4] == [
         "ROC curves: z",
         "ROC curves: a",
-        "Where the cells lie: ssd",
-        "Where the cells lie: original",
+        "Where the data lie: ssd",
+        "Where the data lie: original",
     ]
 
 

@@ -218,7 +218,7 @@ def judge(
         "verdict": str(decision),
         "explanation": verdict.explain(
             membership, trace, of_original["membership"],
-            n_members=sizes["forget"], n_controls=sizes["same_group"],
+            n_members=sizes["forget"], n_controls=sizes["same_group"], what=population.what,
         ),
         "nothing_to_forget": verdict.nothing_to_forget(of_original["membership"]),
         "published_criterion": _published_criterion(table, target_attacks, population.primary),
@@ -274,7 +274,8 @@ def describe_target(scene: Scene, settings: BaseAuditSettings, seed: int) -> Rec
         "spread": {name: float(own.std(ddof=1)) for name, own in spreading.items()},
         "trace_per_seed": spreading["trace"].tolist() if "trace" in spreading else [None] * len(target.seeds),
         "verdict": "TARGET",
-        "explanation": "What every method is compared with: models trained by the same recipe without these cells.",
+        "explanation": "What every method is compared with: models trained by the same recipe "
+        f"without these {target.what}.",
         "nothing_to_forget": False,
         "published_criterion": None,
         "utility": _utility(target, target, settings),

@@ -69,6 +69,11 @@ class Population:
     primary: str = "elbo"
 
     @property
+    def what(self) -> str:
+        """What was scored, a plural."""
+        return "cells" if self.primary == "elbo" else "items"
+
+    @property
     def score(self) -> FloatArray:
         """``[M, n]``: the primary score.
 

@@ -60,7 +60,7 @@ def nothing_to_forget(original: Equivalence) -> bool:
     return original.side not in ("beyond", "opposite")
 
 
-def _remembered(membership: Equivalence, trace: Equivalence) -> str:
+def _remembered(membership: Equivalence, trace: Equivalence, what: str) -> str:
     how = "better" if trace.difference > 0 else "worse"
     kind = (
         f"the models know them {abs(trace.difference):.1f} standard deviations {how} than models that never saw them "
@@ -68,15 +68,15 @@ def _remembered(membership: Equivalence, trace: Equivalence) -> str:
     )
     if membership.side == "beyond":
         return (
-            "Not forgotten: these very cells can still be told from unseen cells of their kind "
+            f"Not forgotten: these very {what} can still be told from unseen {what} of their kind "
             f"(AUC {membership.mean:.3f}; {membership.target_mean:.3f} for models trained without them)."
         )
     if membership.side == "inside":
-        return f"Not forgotten: these cells are not remembered, their kind is; {kind}."
+        return f"Not forgotten: these {what} are not remembered, their kind is; {kind}."
     return f"Not forgotten: {kind}."
 
 
-def _undecided(undecided: list[tuple[str, Equivalence]], n_members: int, n_controls: int) -> str:
+def _undecided(undecided: list[tuple[str, Equivalence]], n_members: int, n_controls: int, what: str) -> str:
     names = " and ".join(name for name, _ in undecided)
     first = f"Undetermined: the evidence does not decide on {names}."
     if min(min(e.n_unlearned, e.n_retrained) for _, e in undecided) < 2:
@@ -88,14 +88,15 @@ def _undecided(undecided: list[tuple[str, Equivalence]], n_members: int, n_contr
     example = undecided[0][1]
     return (
         f"{first} If the differences seen so far are the true ones, about {most * example.n_unlearned} unlearned and "
-        f"{most * example.n_retrained} retrained models would decide; or, at best, {most} times as many cells "
+        f"{most * example.n_retrained} retrained models would decide; or, at best, {most} times as many {what} "
         f"({most * n_members} to forget, {most * n_controls} controls)."
     )
 
 
 def explain(
-    membership: Equivalence, trace: Equivalence, original: Equivalence, *, n_members: int, n_controls: int
-) -> str:
+    membership: Equivalence, trace: Equivalence, original: Equivalence, *,
+    n_members: int, n_controls: int, what: str = "cells",
+) -> str:  # fmt: skip
     """Say the verdict in plain words, for a data protection officer.
 
     Parameters
@@ -106,6 +107,8 @@ def explain(
         The **original** models' membership AUC compared with the retrained ones'.
     n_members, n_controls
         Cells to be forgotten, and controls of the same group.
+    what
+        Was forgotten, a plural.
 
     Returns
     -------
@@ -117,26 +120,26 @@ def explain(
     sentences = []
     if nothing_to_forget(original):
         sentences.append(
-            f"There is nothing to forget here: the original is not shown to tell these {n_members} cells from unseen "
+            f"There is nothing to forget here: the original is not shown to tell these {n_members} {what} from unseen "
             f"ones (AUC {original.mean:.3f}; {original.target_mean:.3f} for models trained without them)."
         )
     verdict = decide(membership, trace)
     if verdict is Verdict.NOT_FORGOTTEN:
-        sentences.append(_remembered(membership, trace))
+        sentences.append(_remembered(membership, trace, what))
     elif verdict is Verdict.OVER_FORGOTTEN:
         sentences.append(
-            "Over-forgotten: the models treat these cells as stranger than models that never saw them do. "
+            f"Over-forgotten: the models treat these {what} as stranger than models that never saw them do. "
             "That itself gives away that they were removed."
         )
     elif verdict is Verdict.FORGOTTEN:
         sentences.append(
-            f"Forgotten: nothing more of these {n_members} cells was found in {membership.n_unlearned} unlearned "
+            f"Forgotten: nothing more of these {n_members} {what} was found in {membership.n_unlearned} unlearned "
             f"models than in {membership.n_retrained} models trained without them. "
             "Both differences lie inside margins that were set beforehand."
         )
     else:
         pairs = (("membership", membership), ("trace", trace))
-        sentences.append(_undecided([p for p in pairs if p[1].side != "inside"], n_members, n_controls))
+        sentences.append(_undecided([p for p in pairs if p[1].side != "inside"], n_members, n_controls, what))
     return " ".join(sentences)
 
 

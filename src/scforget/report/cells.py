@@ -120,7 +120,7 @@ def cell_scores(cells: pd.DataFrame, null_band: tuple[float, float], title: str 
     if np.isfinite([low, high]).all():
         axes.axhspan(low, high, color=BAND, linewidth=0)
         above = int((ranked["z"] > high).sum())
-        axes.set_title(f"{above} of {n} cells above what one retrained model shows (shaded)")
+        axes.set_title(f"{above} of {n} above what one retrained model shows (shaded)")
     axes.axhline(0, color=SOFT, linewidth=0.7)
     _scores(axes, ranked, of_kind, kinds)
     for panel in below:
@@ -128,7 +128,7 @@ def cell_scores(cells: pd.DataFrame, null_band: tuple[float, float], title: str 
     ends = ranked[["z", "low", "high"]].to_numpy(dtype=np.float64)
     _compress(axes, float(np.nanmax(np.abs(ends))), float(np.nanmax([0.0, abs(low), abs(high)])))
     last = [axes, *below][-1]
-    what = "forget cells" if rows else f"forget cells ({kinds[0]})"
+    what = "forget set" if rows else f"forget set ({kinds[0]})"
     last.set(xlim=(0.5 - 0.01 * n, n + 0.5 + 0.01 * n), xlabel=f"{what}, the most exposed first")
     last.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("z (retrains' spreads)")

@@ -120,7 +120,7 @@ def _cost_axes(axes: Axes, margin_width: float, costs: list[float], traces: list
     """Band, axes and labels of cost against trace; symmetric-log in trace when something is very far off."""
     axes.axhspan(-margin_width, margin_width, color=BAND, linewidth=0)
     axes.axvline(1, color=SOFT, linewidth=0.7, linestyle=DASHES[1])
-    axes.set(xlabel="passes over cells ÷ those of an early-stopped retrain", ylabel="trace minus the retrains' trace")
+    axes.set(xlabel="passes ÷ those of a retrain by the same recipe", ylabel="trace minus the retrains' trace")
     if margin_width and max(map(abs, traces), default=0) > 30 * margin_width:
         axes.set_yscale("symlog", linthresh=3 * margin_width)
         axes.yaxis.set_major_formatter("{x:g}")
@@ -261,7 +261,7 @@ def distance_against_passes(audits: Audits, title: str = "") -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True)
     _passes_panel(upper, audits, "trace")
     _passes_panel(lower, audits, "membership")
-    words = "passes over cells ÷ those of an early-stopped retrain\nsteps: no other method is both nearer and cheaper"
+    words = "passes ÷ those of a retrain by the same recipe\nsteps: no other method is both nearer and cheaper"
     lower.set_xlabel(words)
     verdict_legend(figure, audits)
     return figure

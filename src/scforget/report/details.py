@@ -69,7 +69,7 @@ def utility(audits: Audits) -> dict[str, Any]:
         ]
         for where, metric in found
     ]
-    return {"title": "Utility on unseen cells", "head": ["mean over models", *methods], "rows": rows}
+    return {"title": "Utility on unseen data", "head": ["mean over models", *methods], "rows": rows}
 
 
 def costs(audits: Audits) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def costs(audits: Audits) -> dict[str, Any]:
                 words(dig(found, "facts")),
             ]
         )
-    return {"title": "What it took: forward + backward passes over forgotten (F) and retained (R) cells",
+    return {"title": "What it took: forward + backward passes over the forget set (F) and the retain set (R)",
             "head": head, "rows": rows}  # fmt: skip
 
 

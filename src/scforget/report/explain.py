@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scforget.report import evidence_tables
-from scforget.report.tables import Audit, Audits, bounds, dig, look, number, ordered, span, value
+from scforget.report.tables import Audit, Audits, bounds, dig, items, look, number, ordered, span, value
 
 _WHAT = {
     "membership": ("Membership", "are these very cells remembered?", 3),
@@ -57,17 +57,19 @@ def dissent(audit: Audit) -> str | None:
     if dig(audit, "verdict") != "FORGOTTEN" or not value(worst, "p_adjusted") < _SIGNIFICANT:
         return None
     return (
-        f"One attack disagrees: {dig(worst, 'name')} still finds these cells (AUC {number(value(worst, 'auc'), 3)}, "
-        f"p = {number(value(worst, 'p_adjusted'), 4)}). The verdict holds means against margins; single cells show "
-        "more."
+        f"One attack disagrees: {dig(worst, 'name')} still finds them (AUC {number(value(worst, 'auc'), 3)}, "
+        f"p = {number(value(worst, 'p_adjusted'), 4)}). The verdict holds means against margins; single "
+        f"{items({'': audit})} show more."
     )
 
 
-def _cells(audit: Audit) -> str | None:
+def _exposed(audit: Audit) -> str | None:
     found = evidence_tables.exposed(audit)
     if found is None:
         return None
-    return f"Cells: {found[0]} of {found[1]} are known better than retrained models know 97.5 % of such cells."
+    what = items({"": audit})
+    head = what.capitalize()
+    return f"{head}: {found[0]} of {found[1]} are known better than retrained models know 97.5 % of such {what}."
 
 
 def explain(audits: Audits, question: str) -> str:
@@ -84,7 +86,7 @@ def explain(audits: Audits, question: str) -> str:
     -------
     str
         Text for a terminal: for each method its verdict, why, the two statistics that decide with interval, margin,
-        noise floor and power, the strongest attack with its corrected p-value, the cells that remain exposed, utility,
+        noise floor and power, the strongest attack with its corrected p-value, what remains exposed, utility,
         and the published criterion, which decides nothing.
     """
     blocks = [question, "=" * len(question)]
@@ -101,7 +103,7 @@ def explain(audits: Audits, question: str) -> str:
             _statistic(audit, "trace"),
             _strongest(audit, audits),
             dissent(audit),
-            _cells(audit),
+            _exposed(audit),
             f"Utility {_UTILITY.get(str(utility), 'not judged')}.",
             f"The single-cell paper's own criterion is {published}; it decides nothing here.",
         ]

@@ -27,6 +27,9 @@ IntArray = npt.NDArray[np.int64]
 INK, SOFT, PALE, BAND = "#1a1a1a", "#595959", "#f0f0f0", "#d9e6f0"
 # Okabe and Ito's colours, darkened to be read on white; neighbours differ in lightness, so they differ in grey too.
 SERIES = ("#b3400a", "#0b5a94", "#b98300", "#00735a", "#8e3a80", "#3d94c9", "#7a7a7a")
+#: What the columns of a history that end so are drawn on.
+CURVES = {"ELBO (nats per cell)": "_elbo", "KL (nats)": "kl", "loss": "_loss", "accuracy": "_accuracy",
+          "divergence (nats)": "_divergence"}  # fmt: skip
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 STYLE = {
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same shapes on every machine
@@ -68,10 +71,18 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 @styled
 def png_bytes(figure: Figure, *, dpi: int = 144) -> bytes:
-    """Return a figure as PNG; the same figure gives the same bytes (no date, no software version)."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
+    """Return a figure as PNG of 256 colours; the same figure gives the same bytes (no date, no software version).
+
+    A palette makes a plot a third as large, and a report holds hundreds of them.
+    """
+    from PIL import Image
+
+    drawn, palette = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
+    with Image.open(drawn) as image:
+        few = image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        few.save(palette, format="png", optimize=True)
+    return palette.getvalue()
 
 
 @styled
@@ -82,40 +93,43 @@ def svg_text(figure: Figure) -> str:
     return buffer.getvalue()
 
 
+def _panels(history: pd.DataFrame) -> dict[str, list[str]]:
+    """Columns that hold numbers, by the axis they are drawn on; all of them on one where none has an axis."""
+    drawn = [name for name in history.columns if name not in {"seed", "epoch"} and history[name].notna().any()]
+    found = {axis: [name for name in drawn if name.endswith(ends)] for axis, ends in CURVES.items()}
+    return {axis: names for axis, names in (found if any(found.values()) else {"": drawn}).items() if names}
+
+
 @styled
 def training_curves(history: pd.DataFrame, title: str) -> Figure:
-    """Draw ELBO and KL over epochs: a thin line for each seed, a thick one for their mean.
+    """Draw what was recorded of each epoch: a thin line for each seed, a thick one for their mean.
 
     Parameters
     ----------
     history
-        Columns ``seed``, ``epoch``, and any of ``train_elbo``, ``stop_elbo`` and ``kl`` (nats per cell).
+        Columns ``seed``, ``epoch``, and others, which share a panel with those that end alike (``CURVES``).
     title
         Above the picture.
 
     Raises
     ------
     DataError
-        If there is no row, no seed or no epoch.
+        If there is no row, no seed, no epoch, or nothing to draw.
     """
-    if history.empty or not {"seed", "epoch"} <= set(history.columns):
-        raise DataError("training history", f"{len(history)} rows of {list(history.columns)}", "rows with seed, epoch")
-    figure = new_figure(7.2, 2.9, title)
-    left, right = figure.subplots(1, 2)
-    for axes, column, label, colour, dash in (
-        (left, "train_elbo", "training cells", SERIES[1], DASHES[1]),
-        (left, "stop_elbo", "stop cells (held out)", SERIES[0], "-"),
-        (right, "kl", "KL", SERIES[3], "-"),
-    ):
-        if column in history and history[column].notna().any():
+    panels = _panels(history) if {"seed", "epoch"} <= set(history.columns) else {}
+    if not panels:
+        what = f"{len(history)} rows of {list(history.columns)}"
+        raise DataError("training history", what, "rows with seed, epoch and values")
+    figure = new_figure(3.6 * max(len(panels), 2), 2.9, title)
+    for axes, (axis, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for i, column in enumerate(names):
+            paint = {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i % len(DASHES)]}
             for _, run in history.groupby("seed", sort=True):
-                axes.plot(run["epoch"], run[column], color=colour, linestyle=dash, linewidth=0.7, alpha=0.5)
+                axes.plot(run["epoch"], run[column], linewidth=0.7, alpha=0.5, **paint)
             mean = history.groupby("epoch", sort=True)[column].mean()
-            axes.plot(mean.index, mean, color=colour, linestyle=dash, linewidth=1.8, label=label)
-    if left.get_legend_handles_labels()[1]:
-        left.legend(loc="lower right")
-    left.set(xlabel="epoch", ylabel="ELBO (nats per cell)")
-    right.set(xlabel="epoch", ylabel="KL (nats per cell)")
+            axes.plot(mean.index, mean, linewidth=1.8, label=column.replace("_", " "), **paint)
+        axes.legend(loc="best")
+        axes.set(xlabel="epoch", ylabel=axis)
     return figure
 
 
@@ -214,8 +228,7 @@ def roc(curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], title: str = 
 
 @styled
 def score_histograms(
-    forget: npt.ArrayLike, controls: npt.ArrayLike, retrain_forget: npt.ArrayLike, *, title: str = "",
-    label: str = "ELBO at z = μ (nats per cell)",
+    forget: npt.ArrayLike, controls: npt.ArrayLike, retrain_forget: npt.ArrayLike, *, title: str = "", label: str
 ) -> Figure:  # fmt: skip
     """Draw scores under the audited models (forget cells, controls) above those of forget cells under retrains.
 
@@ -234,9 +247,9 @@ def score_histograms(
         If a row holds no finite score.
     """
     rows = (
-        ("Forget cells, this model", forget, SERIES[0]),
+        ("Forget set, this model", forget, SERIES[0]),
         ("Controls, this model", controls, SOFT),
-        ("Forget cells, retrained", retrain_forget, SERIES[1]),
+        ("Forget set, retrained", retrain_forget, SERIES[1]),
     )
     scores = [np.atleast_2d(np.asarray(row[1], dtype=np.float64)) for row in rows]
     scores = [s[:, np.isfinite(s).all(axis=0)] for s in scores]
@@ -249,7 +262,7 @@ def score_histograms(
         axes.hist(s.ravel(), edges, density=True, histtype="stepfilled", facecolor=colour + "33", edgecolor=colour)
         axes.axvline(np.median(s), color=INK, linewidth=1.3)
         axes.plot(s.mean(axis=0), np.zeros(s.shape[1]), "|", color=colour, markersize=8, clip_on=False)
-        sizes = f"{s.shape[1]} cells × {s.shape[0]} models"
+        sizes = f"{s.shape[1]} × {s.shape[0]} models"
         axes.set_ylabel(f"{name}\n{sizes}", rotation=0, ha="right", va="center", fontsize=8)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
@@ -281,7 +294,7 @@ def umap(coordinates: npt.ArrayLike, labels: npt.ArrayLike, highlight: npt.Array
         axes.scatter(cells[:, 0], cells[:, 1], s=size, color=SERIES[i % 7], alpha=0.5, linewidths=0, rasterized=True)
         axes.annotate(name, np.median(cells, axis=0), fontsize=8, ha="center", path_effects=halo, zorder=4)
     axes.scatter(
-        at[chosen, 0], at[chosen, 1], s=26, c=SERIES[0], marker="^", edgecolors=INK, label="forget cells", zorder=5
+        at[chosen, 0], at[chosen, 1], s=26, c=SERIES[0], marker="^", edgecolors=INK, label="forget set", zorder=5
     )
     axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
     axes.set_aspect("equal", adjustable="datalim")

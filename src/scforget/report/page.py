@@ -27,6 +27,7 @@ from scforget.report.tables import (
     display,
     display_columns,
     duration,
+    items,
     look,
     margin,
     number,
@@ -45,12 +46,13 @@ if TYPE_CHECKING:
 Context = Mapping[str, Any]
 
 KINDS = {
-    "cluster": "all training cells of one cluster",
-    "scattered": "training cells drawn at random from all groups",
-    "subset": "training cells drawn at random inside one large cluster",
-    "donor": "all training cells of one donor",
-    "query": "the training cells that a query selects",
-    "sibling": "as many cells of another request's kind, none of them that request's",
+    "cluster": "all training {what} of one class",
+    "scattered": "training {what} drawn at random from all groups",
+    "subset": "training {what} drawn at random inside one large class",
+    "donor": "all training {what} of one donor",
+    "query": "the training {what} that a query selects",
+    "people": "all training {what} of persons drawn at random",
+    "sibling": "as many {what} of another request's kind, none of them that request's",
 }
 # name -> title, caption, and whether it is open from the start; in the order of the page.
 FIGURES = {
@@ -62,7 +64,7 @@ FIGURES = {
     ),
     "cost_against_trace": (
         "What is left, against what it cost",
-        "Trace minus the retrains' trace, with its 90 % interval. Dashed: the cost of an early-stopped retrain. "
+        "Trace minus the retrains' trace, with its 90 % interval. Dashed: the cost of a retrain by the same recipe. "
         "Dotted: where the original stands. Best is inside the shaded margin and far to the left.",
         True,
     ),
@@ -82,28 +84,28 @@ FIGURES = {
     "attack_grid": (
         "Every attack on every method",
         "AUC against controls of the same group. Compare a column with the retrain's column, not with 0.5. Outlined: "
-        "the advantage is above the 95 % point of what chance alone gives with this number of cells.",
+        "the advantage is above the 95 % point of what chance alone gives with this number of them.",
         True,
     ),
     "roc": (
         "ROC curves",
         "Mean over models; the coloured band is the range of the models. Grey: where a curve lies in 95 % of cases "
-        "when nothing leaks. The logarithmic axes show the few cells that an attacker can name with hardly an error.",
+        "when nothing leaks. The logarithmic axes show the few that an attacker can name with hardly an error.",
         False,
     ),
     "score_histograms": (
-        "Scores of the forget cells",
-        "If the cells are forgotten, the first row looks like the third. Ticks are cells, the dark line is the median.",
+        "Scores of the forget set",
+        "If it is forgotten, the first row looks like the third. Ticks are single ones, the dark line is the median.",
         False,
     ),
     "cell_scores": (
-        "Which cells remain exposed",
+        "What remains exposed",
         "Each point is a forget cell with its interval over models: how many standard deviations better the models "
-        "know it than models that never saw it do. Shaded: where 95 % of cells lie under one retrained model. Above it "
+        "know it than models that never saw it do. Shaded: where 95 % of them lie under one retrained model. Above it "
         "something of the cell is left; far below, its removal shows.",
         False,
     ),
-    "umap": ("Where the cells lie", "Latent means in two dimensions; triangles are the forget cells.", False),
+    "umap": ("Where the data lie", "Latent means or features in two dimensions; triangles: the forget set.", False),
     "training_curves": ("Training curves", "Thin: one seed. Thick: the mean over seeds.", False),
 }
 PROVENANCE = {
@@ -191,13 +193,13 @@ def _question(context: Context, audits: Audits) -> list[tuple[str, str]]:
     groups: dict[str, Any] = {}
     for audit in audits.values():
         groups |= {key: n for key, n in (dig(audit, "groups") or {}).items() if n is not None}
-    kind = context.get("kind")
+    kind, what = context.get("kind"), items(audits)
     models: dict[str, list[str]] = {}
     for method in ordered(audits):
         models.setdefault(number(value(audits[method], "models"), 0), []).append(method)
     return [
-        ("Forget", f"{words(context.get('n_forget'))} cells of {words(context.get('dataset'))}"),
-        ("Which", f"{KINDS.get(str(kind), words(kind))} ({words(kind)})"),
+        ("Forget", f"{words(context.get('n_forget'))} {what} of {words(context.get('dataset'))}"),
+        ("Which", f"{KINDS.get(str(kind), words(kind)).format(what=what)} ({words(kind)})"),
         ("Compared with", ", ".join(f"{words(n)} {key}" for key, n in groups.items() if key != "forget") or DASH),
         ("Models", "; ".join(f"{n} each of {', '.join(methods)}" for n, methods in models.items()) or DASH),
     ]
@@ -214,9 +216,10 @@ def headline(audits: Audits) -> str:
     if not judged:
         return "No unlearning method was audited."
     if not passing:
-        return f"No method passes: none of {len(judged)} has forgotten the cells and kept its utility."
+        return f"No method passes: none of {len(judged)} has forgotten the {items(audits)} and kept its utility."
     verb = "passes" if len(passing) == 1 else "pass"
-    return f"{', '.join(passing)} {verb}: cells forgotten, utility kept ({len(passing)} of {len(judged)} methods)."
+    share = f"{len(passing)} of {len(judged)} methods"
+    return f"{', '.join(passing)} {verb}: {items(audits)} forgotten, utility kept ({share})."
 
 
 def _card(method: str, audits: Audits) -> dict[str, Any]:
@@ -233,7 +236,7 @@ def _card(method: str, audits: Audits) -> dict[str, Any]:
         ("Membership", _evidence(audit, "membership", 3)),
         ("Trace", _evidence(audit, "trace", 2)),
         ("Strongest attack", _strongest(method, audits)),
-        ("Most exposed cells", _exposed(audit)),
+        (f"Most exposed {items(audits)}", _exposed(audit)),
         ("Utility", f"{words(dig(audit, 'utility', 'verdict'))}; {', '.join(metrics)}"),
         ("Cost", _cost(audit)),
         ("Published criterion", published),
@@ -338,10 +341,10 @@ def _limits(scenario: Mapping[str, Any]) -> list[str]:
     """List what weakens the evidence of a scenario: few cells, low power, failed seeds, open verdicts."""
     audits: Audits = dig(scenario, "audits") or {}
     name, found = _name(scenario), []
-    for group, what in (("forget", "forget cells"), ("same_group", "controls of the same group")):
+    for group, what in (("forget", f"forget {items(audits)}"), ("same_group", "controls of the same group")):
         sizes = [value(audit, "groups", group) for audit in audits.values()]
         if (size := min((n for n in sizes if math.isfinite(n)), default=math.inf)) < SMALL_GROUP:
-            found.append(f"{name}: only {number(size, 0)} {what}; an AUC of so few cells moves by chance.")
+            found.append(f"{name}: only {number(size, 0)} {what}; an AUC of so few moves by chance.")
     for method in ordered(audits):
         for key in ("membership", "trace"):
             if (power := value(audits[method], "primary", key, "power")) < LOW_POWER:

@@ -114,6 +114,11 @@ def score_of(audit: object) -> str:
     return found if found in SCORES else "elbo"
 
 
+def items(audits: Audits) -> str:
+    """What was forgotten, a plural: cells by a VAE, items of whatever kind by a classifier."""
+    return "cells" if score_in(audits) == "elbo" else "items"
+
+
 def score_in(audits: Audits) -> str:
     """Name of the score of a scenario, in which all methods have one."""
     return next((score_of(audit) for audit in audits.values() if dig(audit, "score") in SCORES), "elbo")
@@ -292,8 +297,8 @@ def display_columns(score: str) -> dict[str, str]:
         "utility": "non-inferiority to the retrain",
         **{name: meaning for name, _, meaning in METRICS[score].values()},
         "time": "wall time of one model",
-        "time ÷ retrain": "as a fraction of an early-stopped retrain",
-        "passes ÷ retrain": "passes over cells, as a fraction of an early-stopped retrain",
+        "time ÷ retrain": "as a fraction of a retrain by the same recipe",
+        "passes ÷ retrain": "forward and backward passes, as a fraction of a retrain's",
     }
 
 
