@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy, kl_div
 
 from killing import KilledError, MemoryCheckpoint
@@ -30,7 +31,7 @@ SGD = cases.optimiser(kind="sgd", momentum=0.9)
 SETTINGS: dict[str, Any] = {
     "uniform_optimiser": SGD, "forget_optimiser": cases.optimiser(kind="sgd", learning_rate=3e-3, momentum=0.9),
     "retain_optimiser": cases.optimiser(kind="sgd", learning_rate=1e-3, momentum=0.9, weight_decay=1e-2),
-    "uniform_epochs": 1, "epochs": 2, "forget_loss": "equal", "tau": 1.15, "batch_size": 16,
+    "uniform_epochs": 1, "uniform_loss": "winner", "epochs": 2, "forget_loss": "equal", "tau": 1.15, "batch_size": 16,
 }  # fmt: skip
 LOSSES = ("equal", "augmented")
 
@@ -62,14 +63,26 @@ def test_contrastive_finetune_of_no_epoch_is_the_original_bit_for_bit(kind: str,
 def test_uniform_loss_is_torchs_kl_from_the_uniform_distribution() -> None:
     x = logits(0, 5)
     wanted = kl_div(x.log_softmax(1), torch.full((5, 3), 1 / 3, dtype=torch.float64), reduction="none").sum(1)
-    torch.testing.assert_close(uniform_loss(x), wanted)
-    assert uniform_loss(torch.full((2, 3), 7.0)).abs().max() < 1e-6
+    torch.testing.assert_close(uniform_loss(x, "winner"), wanted)
+    assert uniform_loss(torch.full((2, 3), 7.0), "winner").abs().max() < 1e-6
+
+
+def test_printed_uniform_loss_is_what_the_entropy_lacks() -> None:
+    x = logits(0, 5)
+    torch.testing.assert_close(uniform_loss(x, "printed"), math.log(3) - Categorical(logits=x).entropy())
+
+
+def test_printed_uniform_loss_hardly_moves_a_sure_model() -> None:
+    x = torch.tensor([[30.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    uniform_loss(x, "printed").sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().max() < 1e-10
 
 
 def test_uniform_loss_pulls_where_the_model_is_sure() -> None:
     """Its gradient is p − 1/C; that of the other direction is p(log p + H), which is next to nothing there."""
     x = torch.tensor([[30.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    uniform_loss(x).sum().backward()
+    uniform_loss(x, "winner").sum().backward()
     assert x.grad is not None
     np.testing.assert_allclose(x.grad.numpy(), [[2 / 3, -1 / 3, -1 / 3]], atol=1e-9)
 
@@ -225,7 +238,14 @@ def test_contrastive_finetune_stops_when_a_loss_runs_away(which: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("epochs", -1), ("uniform_epochs", -1), ("tau", 0.0), ("forget_loss", "cosine"), ("batch_size", 0)],
+    [
+        ("epochs", -1),
+        ("uniform_epochs", -1),
+        ("tau", 0.0),
+        ("forget_loss", "cosine"),
+        ("uniform_loss", "other"),
+        ("batch_size", 0),
+    ],
 )
 def test_contrastive_finetune_settings_refuse_what_is_out_of_range(key: str, value: object) -> None:
     with pytest.raises(ValidationError, match=key):

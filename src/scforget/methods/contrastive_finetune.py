@@ -33,6 +33,8 @@ class ContrastiveFinetuneSettings(Settings):
         the retain rounds.
     uniform_epochs
         Passes over the forgotten items in the first stage.
+    uniform_loss
+        ``winner``, KL(uniform ‖ output) as the solution's code has it, or ``printed``, KL(output ‖ uniform).
     epochs
         Rounds of either kind in the second stage; with no epoch in either stage the original comes back bit for bit.
     forget_loss
@@ -49,18 +51,20 @@ class ContrastiveFinetuneSettings(Settings):
     forget_optimiser: OptimiserSettings
     retain_optimiser: OptimiserSettings
     uniform_epochs: Annotated[int, Field(ge=0), Range(0, 3)]
+    uniform_loss: Literal["winner", "printed"]
     epochs: Annotated[int, Field(ge=0), Range(2, 16)]
     forget_loss: Literal["equal", "augmented"]
     tau: Annotated[float, Field(gt=0), Range(0.1, 10.0, log=True)]
     batch_size: Annotated[int, Field(gt=0)]
 
 
-def uniform_loss(logits: Tensor) -> Tensor:
-    """KL(uniform ‖ softmax(logits)) of each item, ``[B, C]`` → ``[B]`` nats.
+def uniform_loss(logits: Tensor, kind: str) -> Tensor:
+    """KL(uniform ‖ softmax(logits)), or if ``printed`` the other way round, of each item: ``[B, C]`` → ``[B]`` nats.
 
-    The other direction's gradient vanishes where the model is sure, which is where there is most to forget.
+    The printed one's gradient vanishes where the model is sure, which is where there is most to forget.
     """
-    return class_kl(torch.zeros_like(logits), logits)
+    uniform = torch.zeros_like(logits)
+    return class_kl(logits, uniform) if kind == "printed" else class_kl(uniform, logits)
 
 
 def equal_loss(forget: Tensor, retain: Tensor, tau: float) -> Tensor:
@@ -133,14 +137,14 @@ def _forget_round(  # noqa: PLR0917
 
 
 def _uniform_epoch(  # noqa: PLR0917
-    model: Classifier, task: ClassifierTask, forget: IntArray, batch_size: int, optimiser: Optimizer,
-    noise: torch.Generator, effort: Effort,
+    model: Classifier, task: ClassifierTask, forget: IntArray, settings: ContrastiveFinetuneSettings,
+    optimiser: Optimizer, noise: torch.Generator, effort: Effort,
 ) -> Epoch:  # fmt: skip
     """Make one pass over the forgotten items, towards equal probabilities."""
     model.train()
     total = 0.0
-    for part in class_batches(forget, batch_size, noise):
-        losses = uniform_loss(model(task.batch(part, noise).inputs).float())
+    for part in class_batches(forget, settings.batch_size, noise):
+        losses = uniform_loss(model(task.batch(part, noise).inputs).float(), settings.uniform_loss)
         descend(optimiser, losses.mean(), effort)
         effort.count("forget", len(part))
         total += float(losses.detach().double().sum())
@@ -169,8 +173,8 @@ def contrastive_finetune(
     Notes
     -----
     Suprun (2023), §6.1.2, after a Kaggle solution (first in the end, second in the report), whose code is followed
-    where the report is open: :func:`uniform_loss` has the uniform distribution first; a forget round ends with the
-    shorter of the two passes; the retained batch is a constant; similarities are dot products of logits.
+    where the report is open: :func:`uniform_loss` has the uniform distribution first by default; a forget round ends
+    with the shorter of the two passes; the retained batch is a constant; similarities are dot products of logits.
     """
     for name in ("forget", "retain"):
         if not len(getattr(sets, name)):
@@ -183,7 +187,7 @@ def contrastive_finetune(
     )
 
     def first(_number: int, noise: torch.Generator) -> Epoch:
-        return _uniform_epoch(model, task, sets.forget, size, uniform, noise, effort)
+        return _uniform_epoch(model, task, sets.forget, settings, uniform, noise, effort)
 
     def second(number: int, noise: torch.Generator) -> Epoch:
         row = _forget_round(model, task, sets, settings, number, forgetting, noise, effort)
