@@ -70,6 +70,19 @@ def test_a_person_is_forgotten_whole_and_is_in_one_set(finished: Path):
     assert not set(donors[request["forget"]]) & set(donors[request["retain"]])
 
 
+def test_a_shadow_model_has_seen_all_of_a_person_or_nothing(finished: Path):
+    workspace = Workspace(finished)
+    donors = artifacts.read_arrays(workspace.work("prepare_classifier", "people") / "items.npz")["donors"]
+    shadow = artifacts.read_arrays(workspace.work("shadows_classifier", "people", "0") / "scores.npz")
+    aside = artifacts.read_arrays(workspace.work("prepare_classifier", "people") / "sets.npz")["aside"]
+    dealt = ~np.isin(shadow["cells"], aside)
+    whose, members = donors[shadow["cells"][dealt]], shadow["members"][:, dealt]
+    assert len(set(whose)) > 2
+    for person in set(whose):
+        assert set(members[:, whose == person].sum(axis=0)) == {MODELS // 2}
+        assert (np.ptp(members[:, whose == person].astype(int), axis=1) == 0).all()
+
+
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_population_has_its_models(finished: Path, dataset: str):
     workspace = Workspace(finished)
@@ -226,7 +239,7 @@ BAD: list[tuple[Callable[[Path], None], type[ScforgetError], str]] = [
     (put("audit_classifier", "min_controls", value=1000), DataError, "1000"),
     (
         both(of_people("model", value={"kind": "mlp", "hidden": [8], "dropout": 0.5}), of_people("together", value=4)),
-        DataError, "dropout",
+        ConfigError, "dropout",
     ),
 ]  # fmt: skip
 

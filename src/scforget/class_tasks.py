@@ -47,6 +47,11 @@ class AugmentationSettings(Settings):
     flip: bool
     noise: Annotated[float, Field(ge=0)]
 
+    @property
+    def any(self) -> bool:
+        """Whether two views of an item can differ."""
+        return bool(self.crop or self.flip or self.noise)
+
 
 class ClassBatch(NamedTuple):
     """Some items: the net's ``inputs [B, …]`` and class codes ``labels [B]``."""

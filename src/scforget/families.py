@@ -21,7 +21,7 @@ from scforget.artifacts import Workspace
 from scforget.audit import BaseAuditSettings
 from scforget.class_tasks import ClassifierTask
 from scforget.class_training import ClassTrainingSettings, fit_classifier
-from scforget.data.splits import CellSets, Scenario, ScenarioSettings
+from scforget.data.splits import CellSets, Scenario, ScenarioSettings, whose
 from scforget.methods import CLASSIFIER_METHODS, METHODS, Method
 from scforget.models.classifiers import Classifier
 from scforget.schema import ClassifierSettings, Params, PlanSettings
@@ -123,6 +123,10 @@ class Family(ABC):
         seed: int, checkpoint: Checkpoint, cell_set: str,
     ) -> Trained:  # fmt: skip
         """Train a new model by the data set's recipe."""
+
+    def owners(self, params: Params, dataset: str, task: Any, cells: IntArray) -> IntArray:  # noqa: ARG002
+        """``[n]``: equal numbers for those of the cells that were dealt together."""
+        return cells
 
     def group(self, params: Params, dataset: str) -> Group | None:  # noqa: ARG002
         """How its shadow models are trained side by side; none: one by one."""
@@ -235,6 +239,10 @@ class _Classifiers(Family):
         return fit_classifier(
             task.new_model(seed), task, cells, recipe, seed=seed, checkpoint=checkpoint, cell_set=cell_set
         )
+
+    def owners(self, params: Params, dataset: str, task: ClassifierTask, cells: IntArray) -> IntArray:
+        by_identity = params.classifiers[dataset].split.by_identity
+        return whose(task.donors)[cells] if by_identity and task.donors is not None else cells
 
     def group(self, params: Params, dataset: str) -> Group | None:
         settings = params.classifiers[dataset]

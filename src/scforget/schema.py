@@ -18,7 +18,7 @@ from scforget.data.prepare import PrepareSettings
 from scforget.data.splits import ScenarioSettings, SplitSettings, check_siblings
 from scforget.engine import ComputeSettings
 from scforget.methods import CLASSIFIER_METHODS, METHODS
-from scforget.models.classifiers import NetSettings
+from scforget.models.classifiers import MLPSettings, NetSettings
 from scforget.models.vae import VAESettings
 from scforget.search import SearchSettings
 from scforget.settings import Settings
@@ -114,6 +114,12 @@ class ClassifierSettings(Settings):
     class_weights: Literal["none", "balanced"]
     training: ClassTrainingSettings
     together: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _no_dropout_together(self) -> ClassifierSettings:
+        if self.together > 1 and isinstance(self.model, MLPSettings) and self.model.dropout:
+            raise ValueError("nets with dropout are trained one by one: together: 1, or dropout: 0.0")
+        return self
 
 
 class Population(Settings):

@@ -151,6 +151,15 @@ def test_draw_scenario_of_scattered_cells_takes_as_many_as_asked_for_of_any_kind
     assert not np.array_equal(first.sets.forget, other.sets.forget)
 
 
+def test_draw_scenario_of_a_share_takes_so_large_a_part_of_the_training_cells(
+    obs: pd.DataFrame, sets: CellSets
+) -> None:
+    share, number = (draw(obs, sets, 0, kind="scattered", cells=cells) for cells in (0.3, 60))
+    assert len(sets.train) == 200
+    np.testing.assert_array_equal(share.sets.forget, number.sets.forget)
+    assert len(draw(obs, sets, 0, kind="scattered", cells=1e-9).sets.forget) == 1
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -215,6 +224,8 @@ def test_draw_scenario_refuses_what_no_cell_could_check(obs: pd.DataFrame, sets:
         {"kind": "subset", "cluster": "B", "fraction": 0.0},
         {"kind": "scattered", "cells": 0},
         {"kind": "scattered", "cells": 5.0},
+        {"kind": "scattered", "cells": 1.0},
+        {"kind": "scattered", "cells": -0.1},
     ],
 )
 def test_scenario_settings_refuse_what_is_no_request(values: dict[str, Any]) -> None:
@@ -265,7 +276,7 @@ def test_gene_cells_are_those_that_the_source_names(obs: pd.DataFrame, sets: Cel
 @settings(deadline=None, max_examples=30)
 @given(st.integers(2, 300), st.integers(1, 10), st.integers(0, 2**32 - 1))
 def test_deal_halves_puts_each_cell_into_exactly_half_of_the_models(n_cells: int, pairs: int, seed: int) -> None:
-    members = deal_halves(n_cells, 2 * pairs, np.random.default_rng(seed))
+    members = deal_halves(np.arange(n_cells), 2 * pairs, np.random.default_rng(seed))
     assert members.shape == (2 * pairs, n_cells)
     assert members.dtype == bool
     assert (members.sum(axis=0) == pairs).all()
@@ -273,7 +284,7 @@ def test_deal_halves_puts_each_cell_into_exactly_half_of_the_models(n_cells: int
 
 
 def test_deal_halves_draws_each_pair_anew_and_from_its_generator_alone() -> None:
-    first, again, other = (deal_halves(100, 6, np.random.default_rng(seed)) for seed in (5, 5, 6))
+    first, again, other = (deal_halves(np.arange(100), 6, np.random.default_rng(seed)) for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     np.testing.assert_array_equal(first[1::2], ~first[::2])
@@ -282,13 +293,37 @@ def test_deal_halves_draws_each_pair_anew_and_from_its_generator_alone() -> None
 
 def test_deal_halves_gives_every_cell_the_same_chance() -> None:
     """Mean over 500 pairs of the first model's mask: 0.5, standard deviation 0.022 a cell."""
-    members = deal_halves(21, 1000, np.random.default_rng(1))
+    members = deal_halves(np.arange(21), 1000, np.random.default_rng(1))
     np.testing.assert_allclose(members[::2].mean(axis=0), 10 / 21, atol=0.1)
     together = members[::2].astype(float).T @ members[::2] / 500
     np.testing.assert_allclose(together[np.triu_indices(21, 1)], 10 / 21 * 9 / 20, atol=0.1)
 
 
+def test_deal_halves_of_single_cells_are_the_first_half_of_a_shuffled_row() -> None:
+    members, generator = deal_halves(np.arange(7), 2, np.random.default_rng(3)), np.random.default_rng(3)
+    assert set(np.flatnonzero(members[0])) == set(generator.permutation(7)[:3])
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 20), min_size=2, max_size=40), st.integers(0, 2**32 - 1))
+def test_deal_halves_keeps_what_one_owner_has_together(sizes: list[int], seed: int) -> None:
+    owners = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)) * 3, sizes))
+    members = deal_halves(owners, 4, np.random.default_rng(seed))
+    for owner in set(owners.tolist()):
+        assert (np.ptp(members[:, owners == owner].astype(int), axis=1) == 0).all()
+    np.testing.assert_array_equal(members.sum(axis=0), 2)
+    assert (np.abs(members.sum(axis=1) - len(owners) / 2) <= max(sizes) / 2).all()
+    assert members.any(axis=1).all()
+
+
+def test_deal_halves_refuses_a_single_person() -> None:
+    with pytest.raises(DataError, match="2 on 1 cells or people"):
+        deal_halves(np.zeros(9, dtype=np.int64), 2, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize(("n_cells", "models"), [(10, 0), (10, -2), (10, 1), (10, 7), (1, 2), (0, 2)])
 def test_deal_halves_refuses_what_cannot_be_dealt_in_halves(n_cells: int, models: int) -> None:
-    with pytest.raises(DataError, match=f"shadow models: found {models} on {n_cells} cells; wanted an even number"):
-        deal_halves(n_cells, models, np.random.default_rng(0))
+    with pytest.raises(
+        DataError, match=f"shadow models: found {models} on {n_cells} cells or people; wanted an even number"
+    ):
+        deal_halves(np.arange(n_cells), models, np.random.default_rng(0))

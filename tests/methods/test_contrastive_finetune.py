@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy, kl_div
 from killing import KilledError, MemoryCheckpoint
 from methods import class_cases as cases
 from scforget import seeding
-from scforget.errors import EmptyGroupError, NonFiniteError
+from scforget.class_tasks import AugmentationSettings
+from scforget.errors import DataError, EmptyGroupError, NonFiniteError
 from scforget.methods.contrastive_finetune import (
     ContrastiveFinetuneSettings,
     augmented_loss,
@@ -58,6 +59,14 @@ def test_contrastive_finetune_of_no_epoch_is_the_original_bit_for_bit(kind: str,
     assert same_bytes(unlearned.model.state_dict(), cases.original(kind).state_dict())
     assert (unlearned.effort.passes, unlearned.history) == (0, [])
     assert not unlearned.model.training
+
+
+def test_augmented_views_of_a_data_set_without_augmentation_are_refused() -> None:
+    task = cases.task("vectors")
+    task.augmentation = AugmentationSettings(crop=0, flip=False, noise=0.0)
+    settings = ContrastiveFinetuneSettings(**{**SETTINGS, "forget_loss": "augmented"})
+    with pytest.raises(DataError, match=r"augmented: found views .* the same; wanted crop"):
+        contrastive_finetune(cases.original("vectors"), task, cases.sets(), settings, seed=0)
 
 
 def test_uniform_loss_is_torchs_kl_from_the_uniform_distribution() -> None:

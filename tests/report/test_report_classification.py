@@ -97,9 +97,9 @@ def test_display_puts_intervals_and_ceilings_below_their_numbers(classifiers):
     ssd = shown.loc["ssd"]
     assert ssd["forget"] == "0.880\n0.870, 0.890"
     assert ssd["LiRA − retrain"] == "−0.074\n−0.094, −0.054"
-    assert ssd["F official"] == "0.210\nof 0.630"
+    assert ssd["F official"] == "0.210\nof 0.630\n0.600, 0.700"
     assert ssd["F suprun"] == "–\nof –"
-    assert shown.loc["retrain", "F suprun"] == "–\nof 0.710"
+    assert shown.loc["retrain", "F suprun"] == "–\nof 0.710\n0.600, 0.700"
     assert shown.loc["retrain", "LiRA − retrain"] == "–"
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from scforget.arrays import BoolArray, IntArray
-from scforget.data.splits import CellSets, Fraction
+from scforget.data.splits import CellSets, Fraction, whose
 from scforget.errors import DataError, EmptyGroupError
 from scforget.settings import Settings
 
@@ -160,16 +160,14 @@ def _three(shares: ClassFractions) -> list[float]:
 
 def _owners(obs: pd.DataFrame, *, by_identity: bool) -> IntArray:
     """``[N]``: the same number for items that must stay together."""
-    alone = np.arange(len(obs), dtype=np.int64)
     if not by_identity:
-        return alone
+        return np.arange(len(obs), dtype=np.int64)
     donors = np.full(len(obs), "", dtype=object)
     if "donor" in obs:
         donors = np.where(obs["donor"].notna(), obs["donor"].astype(str), "")
     if (donors == "").all():
         raise DataError("by_identity", "items of nobody known", "identities (metadata.csv), or by_identity: false")
-    _, codes = np.unique(donors, return_inverse=True)
-    return np.where(donors == "", len(obs) + alone, codes).astype(np.int64)
+    return whose(donors)
 
 
 def _deal(items: IntArray, owners: IntArray, shares: list[float], rng: np.random.Generator) -> list[IntArray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -53,10 +53,10 @@ class SubsetScenario(Settings):
 
 
 class ScatteredScenario(Settings):
-    """Forget random training cells of any kind."""
+    """Forget random training cells of any kind: so many, or below 1 so large a share of them."""
 
     kind: Literal["scattered"]
-    cells: Annotated[int, Field(gt=0)]
+    cells: Annotated[int, Field(gt=0)] | Fraction
 
 
 class DonorScenario(Settings):
@@ -216,12 +216,10 @@ def _group(obs: pd.DataFrame, settings: Request) -> BoolArray:
 
 def _selected(candidates: IntArray, settings: Request, rng: np.random.Generator) -> IntArray:
     """Choose among the training cells of the group those that are to be forgotten."""
-    if isinstance(settings, ScatteredScenario):
-        wanted = settings.cells
-    elif isinstance(settings, SubsetScenario):
-        wanted = max(1, round(settings.fraction * len(candidates)))
-    else:
+    if not isinstance(settings, ScatteredScenario | SubsetScenario):
         return candidates
+    asked = settings.cells if isinstance(settings, ScatteredScenario) else settings.fraction
+    wanted = asked if isinstance(asked, int) else max(1, round(asked * len(candidates)))
     if candidates.size and wanted > len(candidates):
         raise EmptyGroupError(f"scenario kind {settings.kind!r}", f"{len(candidates)} training cells", f"{wanted}")
     return np.sort(rng.choice(candidates, size=wanted, replace=False))
@@ -360,13 +358,20 @@ def gene_cells(source: str, sets: CellSets, scenarios: Iterable[Scenario]) -> In
     return sets.train if source == "train" else sets.unseen
 
 
-def deal_halves(cells: int, models: int, generator: np.random.Generator) -> BoolArray:
+def whose(donors: npt.NDArray[Any]) -> IntArray:
+    """``[N]``: a number for each donor's name, and one of its own for each cell of nobody known (``''``)."""
+    codes = np.unique(donors, return_inverse=True)[1]
+    return np.where(donors == "", len(donors) + np.arange(len(donors)), codes).astype(np.int64)
+
+
+def deal_halves(owners: IntArray, models: int, generator: np.random.Generator) -> BoolArray:
     """Deal cells to shadow models so that each is a member of exactly half of them.
 
     Parameters
     ----------
-    cells
-        How many there are, at least 2.
+    owners : ``[cells]``
+        Equal numbers for cells that go together: where people were dealt whole, a model that has not seen one of a
+        person's items must not have seen the others. At least two differ.
     models
         How many, an even number.
     generator
@@ -376,12 +381,18 @@ def deal_halves(cells: int, models: int, generator: np.random.Generator) -> Bool
     -------
     ``[models, cells]``
         True where a model is trained on a cell: models come in pairs that share the cells out between them, so all
-        are trained on equally many, give or take one.
+        are trained on equally many, give or take one (or what one owner has).
     """
-    if models < 2 or models % 2 or cells < 2:
-        raise DataError("shadow models", f"{models} on {cells} cells", "an even number of models and at least 2 cells")
-    members = np.zeros((models, cells), dtype=bool)
+    names, which, counts = np.unique(owners, return_inverse=True, return_counts=True)
+    if models < 2 or models % 2 or len(names) < 2:
+        found = f"{models} on {len(names)} cells or people"
+        raise DataError("shadow models", found, "an even number of models and at least 2 cells or people")
+    members = np.zeros((models, len(which)), dtype=bool)
     for first in range(0, models, 2):
-        members[first, generator.permutation(cells)[: cells // 2]] = True
+        order = generator.permutation(len(names))
+        ends = counts[order].cumsum()
+        # an owner is in the half in which most of it lies; of single cells, the first ⌊n/2⌋
+        inside = order[2 * ends - counts[order] < len(which)]
+        members[first] = np.isin(which, inside)
         members[first + 1] = ~members[first]
     return members

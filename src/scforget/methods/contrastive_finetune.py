@@ -14,7 +14,7 @@ from scforget.arrays import IntArray
 from scforget.class_tasks import ClassifierTask, class_kl
 from scforget.class_training import OptimiserSettings, class_batches, class_epoch, new_optimiser
 from scforget.data.splits import ForgetSets
-from scforget.errors import EmptyGroupError
+from scforget.errors import DataError, EmptyGroupError
 from scforget.models.classifiers import Classifier
 from scforget.search import Range
 from scforget.settings import Settings
@@ -167,6 +167,8 @@ def contrastive_finetune(
     ------
     EmptyGroupError
         If there is no item to forget or none to retain.
+    DataError
+        If ``augmented`` views are wanted of a data set without augmentation.
     NonFiniteError
         If a loss is NaN or infinite.
 
@@ -179,6 +181,9 @@ def contrastive_finetune(
     for name in ("forget", "retain"):
         if not len(getattr(sets, name)):
             raise EmptyGroupError(f"{name} items for contrastive fine-tuning", "none", "at least one")
+    if settings.forget_loss == "augmented" and not task.augmentation.any:
+        wanted = "crop, flip or noise in the data set's augmentation; or forget_loss: equal"
+        raise DataError("forget_loss: augmented", "views of an item that are all the same", wanted)
     loop = Loop(model, seed=seed, checkpoint=checkpoint)
     effort, size = loop.effort, settings.batch_size
     uniform, forgetting, retaining = (

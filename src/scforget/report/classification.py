@@ -47,8 +47,8 @@ COLUMNS = {
     "W₁ − retrain": "Wasserstein distance between confidences on forget and unseen items, minus the retrained models'; "
     "below it that of the class probabilities (sliced)",
     "Cramér − retrain": "the same of the Cramér (energy) distance",
-    "F official": "Kaggle forgetting quality on the confidence of the true class; below it what retrains against each "
-    "other reach",
+    "F official": "Kaggle forgetting quality on the confidence of the true class, interval over items; below it what "
+    "retrains against each other reach, and its range over the choice of models",
     "F suprun": "the same by the community scorer, on the confidence in the own answer",
     "final score": "F times the ratios of retain and test accuracy to the retrained models'; official, then suprun",
     "U-LiRA": "AUC of telling unlearned from retrained models, 0.5 when alike, with its interval",
@@ -96,9 +96,11 @@ def _row(method: str, audit: Audit) -> dict[str, Any]:
         scored = dig(found, "kaggle", scorer)
         row[f"f_{scorer}"] = value(scored, "forgetting_quality")
         row[f"f_{scorer}_lo"], row[f"f_{scorer}_hi"] = bounds(scored, "interval")
-        row[f"ceiling_{scorer}"] = value(scored, "forgetting_ceiling")
-        if method == "retrain":  # against itself: what a perfect method reaches
-            row[f"ceiling_{scorer}"] = value(found, "kaggle", "ceilings", scorer)
+        # of the retrained models against themselves: what a perfect method reaches
+        own = ("ceilings", scorer) if method == "retrain" else (scorer, "forgetting_ceiling")
+        row[f"ceiling_{scorer}"] = value(found, "kaggle", *own)
+        for end, name in (("lo", "low"), ("hi", "high")):
+            row[f"ceiling_{scorer}_{end}"] = value(found, "kaggle", *own, name)
         row[f"final_{scorer}"] = value(scored, "final_score")
         row[f"final_{scorer}_lo"], row[f"final_{scorer}_hi"] = bounds(scored, "final_interval")
     row["u_lira"] = value(audit, "population", "u_lira", "auc")
@@ -152,6 +154,12 @@ def _lira(row: Mapping[Any, Any]) -> str:
     return DASH
 
 
+def _ceiling(row: Mapping[Any, Any], scorer: str) -> str:
+    """What retrain against retrain reaches; below it the range of that over the choice of models."""
+    ends = row[f"ceiling_{scorer}_lo"], row[f"ceiling_{scorer}_hi"]
+    return _two(number(row[f"ceiling_{scorer}"]), span(ends))
+
+
 def display(table: pd.DataFrame) -> pd.DataFrame:
     r"""Write a table of classifiers for people: strings, what belongs to a value below it after a ``\n``."""
     import pandas as pd
@@ -176,10 +184,7 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
             "Cramér − retrain": _two(
                 number(row["cramer_difference"], 2, sign=True), number(row["cramer_output_difference"], 3, sign=True)
             ),
-            **{
-                f"F {scorer}": f"{_rate(row, f'f_{scorer}')}\nof {number(row[f'ceiling_{scorer}'])}"
-                for scorer in SCORERS
-            },
+            **{f"F {scorer}": f"{_rate(row, f'f_{scorer}')}\nof {_ceiling(row, scorer)}" for scorer in SCORERS},
             "final score": "\n".join(number(row[f"final_{scorer}"]) for scorer in SCORERS),
             "U-LiRA": _rate(row, "u_lira"),
             "time ÷ retrain": number(row["seconds_ratio"], 2) + ("\ntoo slow" if row["too_slow"] else ""),
@@ -242,11 +247,8 @@ def to_rich(table: pd.DataFrame, title: str = "") -> Table:
             [_around(raw, f"lira_{name}", sign=sign) for name, sign in lira],
             ["", _around({**raw, "trace": raw["trace_difference"]}, "trace", 2, sign=True)]
             + [_around(raw, f"{name}_difference", 2, sign=True) for name in ("wasserstein", "cramer")],
-            [
-                row["F official"].replace("\n", " "),
-                row["F suprun"].replace("\n", " "),
-                row["final score"].replace("\n", ", "),
-            ],
+            [f"{number(raw[f'f_{scorer}'])} of {number(raw[f'ceiling_{scorer}'])}" for scorer in SCORERS]
+            + [row["final score"].replace("\n", ", ")],
             [row["U-LiRA"]],
             [row["time ÷ retrain"], row["passes ÷ retrain"]],
         ]
