@@ -41,9 +41,10 @@ class Drawing:
 
     def __call__(self, place: tuple[str, str, str, str]) -> dict[str, bytes]:
         """PNG files by stem, of a method (or ``original``, ``retrain``) in a scenario of a data set, and a family."""
-        _, scenario, method, _ = place
+        _, scenario, method, suffix = place
         drawn = {f"{name}_{method}": figure for name, figure in pictures.audited(self.workspace, *place).items()}
-        drawn[f"umap_{method}"] = pictures.umap(self.workspace, *place, self.seed)
+        if not suffix or method in results.REFERENCES:  # two seconds each; a classifier tells by its answers
+            drawn[f"umap_{method}"] = pictures.umap(self.workspace, *place, self.seed)
         folder = self.workspace.results(*results.models_stage(*place))
         history = artifacts.read_table(folder / "history.csv")
         if len(history):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from scforget import engine, families, schema, seeding, tracking
+from scforget import engine, families, parallel, schema, seeding, tracking
 from scforget.artifacts import Workspace
 from scforget.errors import ConfigError, TrackingError
 from scforget.methods import METHODS
@@ -83,12 +84,19 @@ class Context:
         try:
             inputs = part or self.inputs
             found = replay.studies(self.workspace, inputs, study) if study else replay.runs(self.workspace, inputs)
+            if len(found) > 1:  # pictures of many methods: on all cores
+                drawn = parallel.each(_contents, [run.artifacts for run in found], lambda: None)
+                found = [replace(run, artifacts=made.copy) for run, made in zip(found, drawn, strict=True)]
             for run in found:
                 self._store.log(run, "live")
         except TrackingError as error:
             if "DVC_STAGE" not in os.environ:
                 raise
             tracking.say(error)
+
+
+def _contents(make: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
+    return dict(make())
 
 
 def sources(root: Path, method: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from scforget.study_runs import study_run
 from scforget.tracking import DatasetInput, Run, flatten
 
 Record = dict[str, Any]
-Artifacts = Callable[[], Mapping[str, bytes]]
 Tables = Callable[[], Mapping[str, pd.DataFrame]]
 _THEORY = ("overlap", "proposition", "worlds", "ablation", "figures")
 _POPULATIONS = ("train", "retrain", "shadows", "unlearn")
@@ -84,20 +84,17 @@ def _audited(workspace: Workspace, inputs: Inputs, item: Item, method: str, reco
     return Run(
         f"{method} {scenario} audit{of_whom}", fingerprint, {**common, **measures.words(record), "kind": "comparison"},
         {"method": method, "scenario": scenario, **_params(inputs)},  # axes of the parallel-coordinates chart
-        measures.audit_metrics(record), artifacts=_audit_artifacts(workspace, inputs.item, method),
+        measures.audit_metrics(record), artifacts=partial(_audit_artifacts, workspace, inputs.item, method),
         tables=_cell_tables(workspace.results(inputs.item.stage, *inputs.item.keys), record),
         dataset=_dataset(inputs, "audit"), children=children,
     )  # fmt: skip
 
 
-def _audit_artifacts(workspace: Workspace, item: Item, method: str) -> Artifacts:
-    def make() -> dict[str, bytes]:
-        folder = workspace.results(item.stage, *item.keys)
-        drawn = pictures.audited(workspace, item.keys[0], item.keys[1], method, _suffix(item.stage))
-        files = {path.name: read_bytes(path) for path in sorted(folder.glob("*.*")) if path.suffix != ".npz"}
-        return files | {f"{name}.png": png_bytes(figure) for name, figure in drawn.items()}
-
-    return make
+def _audit_artifacts(workspace: Workspace, item: Item, method: str) -> dict[str, bytes]:
+    folder = workspace.results(item.stage, *item.keys)
+    drawn = pictures.audited(workspace, item.keys[0], item.keys[1], method, _suffix(item.stage))
+    files = {path.name: read_bytes(path) for path in sorted(folder.glob("*.*")) if path.suffix != ".npz"}
+    return files | {f"{name}.png": png_bytes(figure) for name, figure in drawn.items()}
 
 
 def _cell_tables(folder: Path, record: Record) -> Tables:
@@ -108,14 +105,18 @@ def _cell_tables(folder: Path, record: Record) -> Tables:
     return make
 
 
-def _population_artifacts(folder: Path, history: pd.DataFrame, title: str) -> Artifacts:
-    def make() -> dict[str, bytes]:
-        contents = {name: read_bytes(folder / name) for name in ("result.json", "history.csv", "cost.json")}
-        if len(history):
-            contents["training_curves.png"] = png_bytes(training_curves(history, title))
-        return contents
+def _population_artifacts(folder: Path, history: pd.DataFrame, title: str) -> dict[str, bytes]:
+    contents = {name: read_bytes(folder / name) for name in ("result.json", "history.csv", "cost.json")}
+    if len(history):
+        contents["training_curves.png"] = png_bytes(training_curves(history, title))
+    return contents
 
-    return make
+
+def _comparison_artifacts(
+    workspace: Workspace, dataset: str, scenario: str, audits: dict[str, Record], suffix: str
+) -> dict[str, bytes]:  # fmt: skip
+    drawn = pictures.compared(workspace, dataset, scenario, audits, suffix)
+    return {f"{name}.png": png_bytes(figure) for name, figure in drawn.items()}
 
 
 def _reference_runs(workspace: Workspace, inputs: Inputs) -> list[Run]:
@@ -143,11 +144,7 @@ def _comparison_runs(workspace: Workspace, inputs: Inputs, records: dict[str, Re
     }
     said = {"kind": "comparison_table", "forgotten_and_kept": ", ".join(measures.forgotten(audits)) or "none"}
     shared = {key: value for key, value in _params(inputs).items() if not key.startswith("unlearn")}
-
-    def make() -> dict[str, bytes]:
-        drawn = pictures.compared(workspace, dataset, scenario, audits, suffix)
-        return {f"{name}.png": png_bytes(figure) for name, figure in drawn.items()}
-
+    make = partial(_comparison_artifacts, workspace, dataset, scenario, audits, suffix)
     return [
         Run(
             f"comparison {dataset}{suffix} {scenario}", hashlib.sha256(content.encode()).hexdigest()[:32],
@@ -211,7 +208,7 @@ def _population_run(workspace: Workspace, item: Item, inputs: Inputs) -> Run:
     described = [measures.numbers(row, "model/") for row in result["seeds"].values()]
     for rows in (described, [measures.numbers(row, "cost/") for row in costs["seeds"].values()]):
         metrics |= {str(key): float(value) for key, value in pd.DataFrame(rows).mean().items()}
-    artifacts = _population_artifacts(folder, history, item.name)
+    artifacts = partial(_population_artifacts, folder, history, item.name)
     made_by = tags(item, numerics=costs["machine"].get("numerics", "unknown"))
     return Run(
         f"{' '.join(reversed(item.keys))} {item.stage}", fingerprint, made_by, _params(inputs),
