@@ -6,7 +6,7 @@ from scforget.report import evidence_tables
 from scforget.report.tables import Audit, Audits, bounds, dig, items, look, number, ordered, span, value
 
 _WHAT = {
-    "membership": ("Membership", "are these very cells remembered?", 3),
+    "membership": ("Membership", "are these very {what} remembered?", 3),
     "trace": ("Trace", "is anything of them left, the knowledge of their kind included?", 2),
 }
 _SIGNIFICANT = 0.05
@@ -28,6 +28,7 @@ def _statistic(audit: Audit, name: str) -> str | None:
     if found is None:
         return None
     title, question, digits = _WHAT[name]
+    question = question.format(what=items({"": audit}))
     difference = number(value(found, "difference"), digits, sign=True)
     interval, margin = span(bounds(found, "interval"), digits), number(value(found, "margin"), 2)
     where = _SIDES.get(str(dig(found, "side")), "not compared with")
